@@ -1,0 +1,51 @@
+"""Neural Parameter Allocation Search as a compiler pass for PyTorch models."""
+
+from npas_fx.api import (
+    apply,
+    load,
+    materialize,
+    param_groups,
+    plan,
+    plan_of,
+    save,
+    transform,
+)
+from npas_fx.errors import (
+    BudgetError,
+    CaptureError,
+    GuardError,
+    InfeasibleBudgetError,
+    NPASError,
+    PlanError,
+    RewriteError,
+    RuleError,
+    StorageError,
+    VerificationError,
+)
+from npas_fx.ir import Budget, Inventory, Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CaptureError",
+    "GuardError",
+    "InfeasibleBudgetError",
+    "Inventory",
+    "NPASError",
+    "Plan",
+    "PlanError",
+    "RewriteError",
+    "RuleError",
+    "StorageError",
+    "VerificationError",
+    "apply",
+    "load",
+    "materialize",
+    "param_groups",
+    "plan",
+    "plan_of",
+    "save",
+    "transform",
+]

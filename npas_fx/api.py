@@ -1,0 +1,344 @@
+"""The public functions; each is a handful of calls, one for each step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npas_fx import storage
+from npas_fx.build import build_banks, check_plan, give_birth
+from npas_fx.errors import NPASError, PlanError
+from npas_fx.generators import Generator
+from npas_fx.ir import Plan
+from npas_fx.passes.capture import capture
+from npas_fx.passes.emit import EmittedModule, emission_of, emit
+from npas_fx.passes.skeleton import clone, copy_with, empty_like
+from npas_fx.planning import Profiler, make_plan, resolve_generators
+from npas_fx.rules import Pattern, Patterns, apply_rules
+from npas_fx.solvers import Solver
+from npas_fx.verify import all_weights, generate
+from npas_fx.verify import verify as run_oracle
+
+
+def transform(
+    model: nn.Module,
+    budget: object,
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keep_private: Patterns = None,
+    same_bank: Sequence[Sequence[Pattern]] | None = None,
+    profile: str | Profiler = "structure",
+    generators: Sequence[str | Generator] | None = None,
+    solver: str | Solver = "cp_sat",
+    verify: bool = True,
+    seed: int = 0,
+) -> EmittedModule:
+    """Bring a model under a parameter budget: ``apply(model, plan(model, budget, …))``.
+
+    Args:
+        model: any module that torch.fx traces; it is not changed.
+        budget: how many trainable parameters the result may own: a share of the model's own
+            (``0.25``, ``1.5``, ``"25%"``), a number of them (``3_500_000``, ``"3.5M"``), or their
+            bytes (``"14MB"``).
+        example_inputs: a tensor, or a tuple of positional arguments of ``forward``. They say which
+            optional arguments are used, and the result is verified on them.
+        example_kwargs: keyword arguments, likewise.
+        include: names, globs or compiled regular expressions; only these weights may be shared.
+        exclude: these stay as they are; wins over ``include``.
+        keep_private: these stay parameters of their own, but count as weights that might not.
+        same_bank: groups of weights; those of one group end in one bank, others may join them.
+        profile: name of a profile, or a function from an inventory to a profile.
+        generators: names or objects of the generators that banks may follow; by default all.
+        solver: name of a solver, or a function from a planning problem to a selection.
+        verify: whether to run the original and the result on the example inputs, in both modes.
+        seed: of the new banks.
+
+    Returns:
+        A module with the signature of ``model`` that owns what is kept under its own names, and
+        the banks. Weights that are kept or dedicated have the values that they have in ``model``;
+        shared ones start fresh, with its mean and standard deviation each.
+
+    Raises:
+        BudgetError: the budget cannot be understood.
+        InfeasibleBudgetError: it cannot be met; ``.smallest`` says what can.
+        RuleError: a rule matches nothing, or rules contradict each other.
+        CaptureError: torch.fx cannot trace the model; names the module and the reason.
+        VerificationError: the result computes something else than the model would.
+
+    Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
+    """
+    chosen = plan(
+        model,
+        budget,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        include=include,
+        exclude=exclude,
+        keep_private=keep_private,
+        same_bank=same_bank,
+        profile=profile,
+        generators=generators,
+        solver=solver,
+    )
+    return apply(
+        model,
+        chosen,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        generators=generators,
+        verify=verify,
+        seed=seed,
+    )
+
+
+def plan(
+    model: nn.Module,
+    budget: object,
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keep_private: Patterns = None,
+    same_bank: Sequence[Sequence[Pattern]] | None = None,
+    profile: str | Profiler = "structure",
+    generators: Sequence[str | Generator] | None = None,
+    solver: str | Solver = "cp_sat",
+) -> Plan:
+    """Choose which weights of a model share which bank under a budget.
+
+    The model may be on the meta device. Arguments and errors are those of ``transform``.
+
+    Returns:
+        The plan: print it, write it with ``to_json``, edit it, and hand it to ``apply``.
+    """
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    rules = apply_rules(
+        captured.inventory,
+        include=include,
+        exclude=exclude,
+        keep_private=keep_private,
+        same_bank=same_bank,
+    )
+    return make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    generators: Sequence[str | Generator] | None = None,
+    verify: bool = True,
+    seed: int = 0,
+) -> EmittedModule:
+    """Emit the module that a plan describes.
+
+    Args:
+        model: the one that was planned, or another of its architecture; it is not changed.
+        plan: from ``plan``, or read from a file and perhaps edited.
+        example_inputs: as for ``transform``.
+        example_kwargs: as for ``transform``.
+        generators: those of the plan that are not built in.
+        verify: as for ``transform``.
+        seed: of the new banks.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        CaptureError: as for ``transform``.
+        VerificationError: as for ``transform``.
+    """
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    known = resolve_generators(generators)
+    check_plan(plan, captured.inventory, known)
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise PlanError(
+            "the model is on the meta device and has no values to emit; move it to a real device "
+            "with to_empty and initialise it, or load a saved module with npas_fx.load"
+        )
+    weights = {site.name: model.get_parameter(site.name) for site in captured.inventory.sites}
+    banks = build_banks(plan, captured.inventory, known)
+    give_birth(banks, plan, weights, seed)
+    shared = {name for bank in plan.banks if not bank.is_dedicated for name in bank.sites}
+    store = copy_with(model, lambda name, t: empty_like(t, "meta") if name in shared else clone(t))
+    emitted = emit(captured, plan, store, banks)
+    if verify and (example_inputs is not None or example_kwargs is not None):
+        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+    return emitted
+
+
+def plan_of(shared: nn.Module) -> Plan:
+    """Find the plan of an emitted module, also after deepcopy, compile, DDP and load.
+
+    Raises:
+        TypeError: the module was not made by npas_fx.
+    """
+    return emission_of(_unwrap(shared)).plan
+
+
+def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
+    """Write the generated weights back into the plain architecture.
+
+    Args:
+        shared: an emitted module, perhaps compiled or wrapped in DDP; it is not changed.
+        model: an instance of the architecture to copy, meta device allowed; by default the
+            structure kept when the model was transformed.
+
+    Returns:
+        An instance of the user's class with plain weights, equal bit for bit to those that
+        ``shared`` generates in eval mode without autocast, in the modes that ``shared`` is in.
+
+    Raises:
+        PlanError: ``model`` is of another architecture.
+    """
+    emitted = _unwrap(shared)
+    skeleton = emission_of(emitted).capture.skeleton if model is None else model
+    with torch.no_grad():
+        weights = generate(emitted)
+    values = {**_values(emitted), **all_weights(emitted, weights)}
+    trainable = {name: t.requires_grad for name, t in emitted.named_parameters()}
+
+    def restore(name: str, tensor: Tensor) -> Tensor:
+        value = values.get(name)
+        if value is None or value.shape != tensor.shape:
+            found = "nothing" if value is None else f"the shape {list(value.shape)}"
+            raise PlanError(
+                f"the model wants {name} of shape {list(tensor.shape)}, the emitted module has "
+                f"{found}; pass an instance of the architecture that was transformed"
+            )
+        copied = value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(copied, requires_grad=trainable.get(name, True))
+        return copied
+
+    plain = copy_with(skeleton, restore)
+    flags = {path: part.training for path, part in emitted.named_modules(remove_duplicate=False)}
+    for path, part in plain.named_modules():
+        part.training = flags.get(path, emitted.training)
+    return plain
+
+
+def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save an emitted module: its plan, what was captured, and all its tensors.
+
+    Args:
+        shared: an emitted module, perhaps compiled or wrapped in DDP.
+        folder: is made if need be; files in it that an earlier save wrote are replaced.
+
+    Raises:
+        StorageError: the folder cannot be written; what an earlier save wrote is then still there.
+    """
+    storage.write_folder(_unwrap(shared), folder)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    generators: Sequence[str | Generator] | None = None,
+) -> EmittedModule:
+    """Load what ``save`` wrote; nothing is unpickled.
+
+    Args:
+        folder: written by ``save``.
+        model: an instance of the architecture, meta device allowed; its values are not used.
+        example_inputs: those of the transform, if there were any: they say how it is called.
+        example_kwargs: likewise.
+        generators: those of the plan that are not built in.
+
+    Returns:
+        The emitted module, bit for bit, in the modes of ``model``, on its device (a model on the
+        meta device is loaded to the CPU).
+
+    Raises:
+        StorageError: a file is missing or damaged, or ``model`` is of another architecture.
+    """
+    read = storage.read_plan(folder)
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    storage.check_report(folder, captured)
+    known = resolve_generators(generators)
+    check_plan(read, captured.inventory, known)
+    shared = {name for bank in read.banks if not bank.is_dedicated for name in bank.sites}
+
+    def allocate(name: str, tensor: Tensor) -> Tensor:
+        if name in shared:
+            return empty_like(tensor, "meta")
+        return empty_like(tensor, "cpu" if tensor.is_meta else tensor.device)
+
+    is_meta = any(site.device.type == "meta" for site in captured.inventory.sites)
+    device = torch.device("cpu") if is_meta else None
+    banks = build_banks(read, captured.inventory, known, device)
+    emitted = emit(captured, read, copy_with(model, allocate), banks)
+    storage.fill_tensors(emitted, folder)
+    return emitted
+
+
+def param_groups(shared: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Group the parameters of an emitted module for an optimizer.
+
+    Args:
+        shared: an emitted module, perhaps compiled or wrapped in DDP.
+        lr: learning rate of all groups; change a group's own afterwards.
+        weight_decay: of templates and of all plain parameters.
+
+    Returns:
+        Groups named ``banks`` (templates), ``coefficients`` (with gains; no weight decay, which
+        would pull the weights that they mix towards zero twice) and ``rest`` (the parameters that
+        the model itself had); each trainable parameter is in exactly one, empty groups are left
+        out.
+    """
+    emitted = _unwrap(shared)
+    prefix = f"{emission_of(emitted).banks}."
+    groups: dict[str, list[nn.Parameter]] = {"banks": [], "coefficients": [], "rest": []}
+    for name, parameter in emitted.named_parameters():
+        if parameter.requires_grad:
+            is_template = name.rpartition(".")[2] in ("templates", "partial")
+            kind = "rest" if not name.startswith(prefix) else "banks" if is_template else None
+            groups[kind or "coefficients"].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": name,
+            "lr": lr,
+            "weight_decay": 0.0 if name == "coefficients" else weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+    return dict(named)
+
+
+def _unwrap(module: nn.Module) -> EmittedModule:
+    """Take an emitted module out of torch.compile and data-parallel wrappers."""
+    inner = module
+    while not isinstance(inner, EmittedModule):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(
+                f"this {type(module).__name__} was not made by npas_fx.transform, apply or load"
+            )
+        inner = wrapped
+    return inner
+
+
+def _refuse_emitted(model: nn.Module) -> nn.Module:
+    if isinstance(model, EmittedModule):
+        raise NPASError(
+            "the model was already transformed; transform npas_fx.materialize(model) instead, or "
+            "the model that it was made from"
+        )
+    return model

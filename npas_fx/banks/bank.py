@@ -1,0 +1,86 @@
+"""The module that owns the tensors of one bank and generates the weights of its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npas_fx.generators import Generator, Moments
+from npas_fx.ir import Size
+
+
+class Bank(nn.Module):
+    """Templates and coefficients of one bank; calling it generates the weights of all its sites.
+
+    Its tensors are named and shaped by the generator. It is made with undefined values: ``birth``
+    draws them, ``load_state_dict`` fills them in.
+
+    Args:
+        generator: the rule.
+        shapes: of the weights, in the order in which they are returned.
+        size: of the bank.
+        dtype: of the weights.
+        device: of the weights.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        shapes: Sequence[tuple[int, ...]],
+        size: Size,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.generator = generator
+        self.shapes = tuple(shapes)
+        self.size = size
+        self.has_offset = True
+        for name, shape in generator.parameters(self.shapes, size).items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            )
+        for name, shape in generator.buffers(self.shapes, size).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+
+    def birth(self, moments: Sequence[Moments], random: torch.Generator) -> None:
+        """Draw all tensors, so that each weight has the moments of the one that it replaces."""
+        drawn = self.generator.birth(self.shapes, self.size, moments, random)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(drawn[name])
+        self.note_offset()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers by name."""
+        owned = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in owned.items() if tensor is not None}
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Generate the weights of all sites, in their own dtype also under autocast."""
+        tensors = self.tensors()
+        if not self.has_offset:
+            del tensors["offset"]
+        device = next(iter(tensors.values())).device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.generator.generate(tensors, self.shapes, self.size)
+        return self.generator.generate(tensors, self.shapes, self.size)
+
+    def extra_repr(self) -> str:
+        """Say what the bank is."""
+        return f"{self.generator.name}, {len(self.shapes)} sites, {self.size}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.note_offset()
+
+    def note_offset(self) -> None:
+        """See whether any offset differs from zero; to be called after the tensors change."""
+        # Adding an offset is one more pass over the weights, and most banks have none.
+        offset = self._buffers.get("offset")
+        self.has_offset = offset is not None and (offset.is_meta or bool(offset.any()))

@@ -1,0 +1,63 @@
+"""All exceptions of npas_fx; each says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class NPASError(Exception):
+    """Base of every error that npas_fx raises on purpose."""
+
+
+class CaptureError(NPASError):
+    """The model cannot be turned into a graph; names the module and the reason."""
+
+
+class GuardError(NPASError, ValueError):
+    """A captured module was called in a way that its graph does not cover."""
+
+
+class BudgetError(NPASError, ValueError):
+    """The budget cannot be understood, or is not a positive finite amount."""
+
+
+class BudgetTypeError(BudgetError, TypeError):
+    """The budget is not a number or a string."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """No plan fits the budget.
+
+    Attributes:
+        smallest: the smallest budget that can be met, in parameters (in bytes for a byte budget).
+    """
+
+    def __init__(self, message: str, *, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # An exception is pickled by its positional arguments; a worker process may raise this one.
+        return _infeasible, (str(self), self.smallest)
+
+
+def _infeasible(message: str, smallest: int) -> InfeasibleBudgetError:
+    return InfeasibleBudgetError(message, smallest=smallest)
+
+
+class RuleError(NPASError, ValueError):
+    """A user's rule (include, exclude, keep_private, same_bank) matches nothing or cannot hold."""
+
+
+class PlanError(NPASError, ValueError):
+    """A plan is malformed, contradicts itself, or does not fit the model it is applied to."""
+
+
+class RewriteError(NPASError):
+    """A pass met a graph that it cannot rewrite."""
+
+
+class VerificationError(NPASError):
+    """The emitted module does not compute what the original computes with the same weights."""
+
+
+class StorageError(NPASError):
+    """A folder cannot be written, or does not hold what ``load`` needs."""

@@ -1,0 +1,146 @@
+"""Fill: use what the selection leaves of the budget, to the last parameter."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from npas_fx.generators import Generator
+from npas_fx.generators.generator import num_parameters
+from npas_fx.ir import Candidate, Profile, Site, Size
+from npas_fx.ir.budget import Resource
+from npas_fx.propose import make_candidate
+
+
+def fill(
+    chosen: Sequence[Candidate],
+    left: int,
+    resource: Resource,
+    *,
+    sites: Sequence[Site],
+    private: frozenset[int],
+    profile: Profile,
+    generators: Mapping[str, Generator],
+) -> tuple[Candidate, ...]:
+    """Spend what is left of the budget on the chosen banks; no price rises.
+
+    Banks get further templates while one fits, the best price for its cost first. Then one bank
+    gets a partial template of as many elements as are left. Where all weights are dedicated, one
+    of them becomes a bank of its own first.
+
+    Args:
+        chosen: the selection.
+        left: what it leaves of the budget, in ``resource``.
+        resource: what is budgeted.
+        sites: of the inventory.
+        private: indices of the sites that must stay dedicated.
+        profile: that priced the candidates.
+        generators: name -> generator.
+
+    Returns:
+        The banks in the order of their first sites.
+    """
+    grown = _Filler(list(chosen), left, resource, sites, private, profile, generators).run()
+    return tuple(sorted(grown, key=lambda candidate: candidate.sites))
+
+
+class _Filler:
+    def __init__(
+        self,
+        banks: list[Candidate],
+        left: int,
+        resource: Resource,
+        sites: Sequence[Site],
+        private: frozenset[int],
+        profile: Profile,
+        generators: Mapping[str, Generator],
+    ) -> None:
+        self.banks = banks
+        self.left = left
+        self.resource = resource
+        self.sites = sites
+        self.private = private
+        self.profile = profile
+        self.generators = generators
+
+    def run(self) -> list[Candidate]:
+        """Spend."""
+        if self.left > 0 and all(bank.generator == "dedicated" for bank in self.banks):
+            self._open_bank()
+        self._add_templates()
+        self._add_partial()
+        return self.banks
+
+    def _unit(self, bank: Candidate) -> int:
+        """Cost of one parameter in the budgeted resource."""
+        return self.sites[bank.sites[0]].dtype.itemsize if self.resource == "bytes" else 1
+
+    def _resized(self, bank: Candidate, size: Size) -> Candidate:
+        generator = self.generators[bank.generator]
+        return make_candidate(bank.sites, self.sites, generator, size, self.profile)
+
+    def _growing(self) -> Iterator[int]:
+        """Indices of the banks whose generator mixes any number of templates."""
+        for index, bank in enumerate(self.banks):
+            if bank.generator == "wavg":
+                yield index
+
+    def _open_bank(self) -> None:
+        """Turn one dedicated weight into a bank: the smallest that holds what is left."""
+        options = [
+            (bank.parameters * self._unit(bank) < self.left, bank.parameters, index)
+            for index, bank in enumerate(self.banks)
+            if bank.sites[0] not in self.private and "wavg" in self.generators
+        ]
+        if not options:
+            return
+        too_small, _, index = min(options)
+        if too_small:
+            *_, index = max(options)
+        bank = self.banks[index]
+        opened = self._resized(replace(bank, generator="wavg"), bank.size)
+        cost = (opened.parameters - bank.parameters) * self._unit(bank)
+        if cost <= self.left:
+            self.banks[index] = opened
+            self.left -= cost
+
+    def _step(self, index: int) -> tuple[float, int, Candidate, int]:
+        bank = self.banks[index]
+        grown = self._resized(bank, replace(bank.size, num_templates=bank.size.num_templates + 1))
+        cost = (grown.parameters - bank.parameters) * self._unit(bank)
+        return (grown.price - bank.price) / cost, index, grown, cost
+
+    def _add_templates(self) -> None:
+        heap = [self._step(index)[:2] for index in self._growing()]
+        heapq.heapify(heap)
+        while heap:
+            _, index = heapq.heappop(heap)
+            _, _, grown, cost = self._step(index)
+            if cost > self.left or grown.price > self.banks[index].price:
+                continue
+            self.banks[index] = grown
+            self.left -= cost
+            heapq.heappush(heap, self._step(index)[:2])
+
+    def _add_partial(self) -> None:
+        """Give what is left to the bank in which it costs the least time, then what remains."""
+        mixing = [
+            (bank.size.num_templates * bank.size.template_size, index)
+            for index, bank in enumerate(self.banks)
+            if bank.generator != "dedicated"
+        ]
+        for _, index in sorted(mixing):
+            bank = self.banks[index]
+            elements = self.left // self._unit(bank)
+            if elements < 1:
+                continue
+            size = replace(bank.size, num_partial=elements)
+            generator = self.generators[bank.generator]
+            shapes = [self.sites[k].shape for k in bank.sites]
+            parameters = num_parameters(generator, shapes, size)
+            self.left -= (parameters - bank.parameters) * self._unit(bank)
+            itemsize = self.sites[bank.sites[0]].dtype.itemsize
+            self.banks[index] = replace(
+                bank, size=size, parameters=parameters, bytes=parameters * itemsize
+            )

@@ -1,0 +1,70 @@
+"""What a generator is: which tensors a bank owns, how they start, and what they generate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from npas_fx.ir import Size
+
+Shapes: TypeAlias = Sequence[tuple[int, ...]]
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """Mean and standard deviation of the weight that a generated one replaces.
+
+    A constant weight has a standard deviation of exactly 0 and its value as mean.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Moments:
+        """Measure a weight of any shape and floating dtype."""
+        weight = weight.detach()
+        low, high = torch.aminmax(weight)
+        if low == high:
+            return cls(mean=low.item(), std=0.0)
+        std, mean = torch.std_mean(weight.double(), correction=0)
+        return cls(mean=mean.item(), std=std.item())
+
+
+class Generator(Protocol):
+    """A rule from the tensors of a bank to the weights of its sites."""
+
+    name: str
+
+    def propose(self, shapes: Shapes, *, above: bool) -> Iterator[Size]:
+        """Yield sizes that a bank for weights of these shapes may have.
+
+        Args:
+            shapes: of the weights.
+            above: whether banks larger than their weights are wanted too.
+        """
+
+    def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
+        """Name of each trainable tensor that the bank owns -> its shape."""
+
+    def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
+        """Name of each constant tensor that the bank owns -> its shape."""
+
+    def birth(
+        self, shapes: Shapes, size: Size, moments: Sequence[Moments], random: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Draw all tensors of a new bank in float32, so that the weights have these moments."""
+
+    def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
+        """Generate the weights of all sites from parameters and buffers, in their dtype."""
+
+
+def num_parameters(generator: Generator, shapes: Shapes, size: Size) -> int:
+    """Count the trainable parameters of a bank, exactly."""
+    return sum(math.prod(shape) for shape in generator.parameters(shapes, size).values())

@@ -1,0 +1,101 @@
+"""``wavg``: each tile of each site is a weighted average of the bank's templates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from npas_fx.generators import mixing
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.ir import Size
+
+# Mixing K templates costs K multiplications for each generated element; the reference stops at 8.
+MAX_TEMPLATES = 16
+# Templates that a weight is mixed from when the bank is smaller than two such weights.
+TILE_TEMPLATES = 4
+# Coefficients of tiles may cost this share of the templates before fewer templates are taken.
+MAX_OVERHEAD = 0.1
+
+_SHARES_ABOVE = (1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12)
+_SHARES_BELOW = (1, 2 / 3)  # of each power of two
+
+
+class WeightedAverage:
+    """``W_i = offset_i + gain_i * sum_k a_ik T_k`` tile by tile, for weights of any shapes.
+
+    A weight is flattened and cut into tiles of the templates' size. Templates as large as the
+    weights mix whole weights; a bank smaller than one weight mixes parts of it, each with
+    coefficients of its own, so that no part is a copy of another. Gains and offsets are constants:
+    the coefficients already scale what they mix.
+
+    Source: Plummer et al., Neural Parameter Allocation Search, section 3.1.1 (WAvg); tiles in place
+    of its bilinear resizing are ours.
+    """
+
+    name = "wavg"
+
+    def propose(self, shapes: Shapes, *, above: bool) -> Iterator[Size]:
+        """Yield whole-weight sizes from two templates up, and tiles down to the smallest bank."""
+        numels = [math.prod(shape) for shape in shapes]
+        total, largest, count = sum(numels), max(numels), len(numels)
+        sizes = {Size(num_templates=1, template_size=max(1, round(math.sqrt(total))))}
+        if len(set(numels)) == 1:
+            sizes |= {_whole(largest, k) for k in range(2, min(count - 1, MAX_TEMPLATES) + 1)}
+            if len(set(shapes)) > 1:
+                sizes.add(_whole(largest, 1))
+            if above:
+                many = {round(share * count) for share in _SHARES_ABOVE}
+                sizes |= {_whole(largest, k) for k in many if count < k <= MAX_TEMPLATES}
+        row = math.prod(shapes[0][1:])
+        has_rows = all(math.prod(shape[1:]) == row for shape in shapes)
+        power = 0
+        while (wanted := total / 2**power) >= math.sqrt(total):
+            for share in _SHARES_BELOW:
+                sizes |= set(_tiles(wanted * share, total, largest, row if has_rows else 1))
+            power += 1
+        for size in sorted(sizes, key=lambda s: (s.num_templates, s.template_size)):
+            if size.template_size <= largest:
+                yield size
+
+    def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
+        """``templates (K, P)``, ``coefficients (R, K)``, and ``partial (1, r)`` if there is one."""
+        coefficients = (mixing.num_rows(shapes, size), size.num_templates)
+        return {**mixing.template_shapes(size), "coefficients": coefficients}
+
+    def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
+        """``offset (S,)``, ``gain (S,)``, and ``partial_coefficients`` if there is a partial."""
+        return {**mixing.constant_shapes(shapes, size), "gain": (len(shapes),)}
+
+    def birth(
+        self, shapes: Shapes, size: Size, moments: Sequence[Moments], random: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Draw templates and coefficients; see ``mixing.draw``."""
+        return mixing.draw(shapes, size, moments, random, has_coefficients=True)
+
+    def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
+        """Mix all tiles of all sites in one product."""
+        return mixing.mix_sites(tensors, shapes, size)
+
+
+def _whole(numel: int, num_templates: int) -> Size:
+    return Size(num_templates=num_templates, template_size=numel)
+
+
+def _tiles(wanted: float, total: int, largest: int, row: int) -> Iterator[Size]:
+    """Sizes whose templates have about ``wanted`` elements for ``total`` generated ones."""
+    if wanted >= 2 * largest:
+        num_templates = round(wanted / largest)
+        if num_templates <= MAX_TEMPLATES and num_templates * largest < total:
+            yield _whole(largest, num_templates)
+        return
+    # R = total / P tiles of K coefficients: their share of the templates is total * (K / wanted)^2.
+    affordable = int(wanted * math.sqrt(MAX_OVERHEAD / total))
+    num_templates = max(1, min(TILE_TEMPLATES, affordable))
+    template_size = wanted / num_templates
+    if template_size > 2 * row:
+        template_size = row * round(template_size / row)
+    if wanted < total:
+        yield Size(num_templates=num_templates, template_size=max(1, round(template_size)))

@@ -1,0 +1,20 @@
+"""The values that flow from step to step: budget, inventory, candidates, plan."""
+
+from npas_fx.ir.budget import Budget
+from npas_fx.ir.candidate import Candidate, Profile
+from npas_fx.ir.inventory import Inventory, Kept, Site
+from npas_fx.ir.plan import BankPlan, Certificate, Plan
+from npas_fx.ir.size import Size
+
+__all__ = [
+    "BankPlan",
+    "Budget",
+    "Candidate",
+    "Certificate",
+    "Inventory",
+    "Kept",
+    "Plan",
+    "Profile",
+    "Site",
+    "Size",
+]

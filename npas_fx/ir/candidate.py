@@ -1,0 +1,48 @@
+"""A possible bank, and the evidence by which it is priced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from npas_fx.ir.size import Size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A possible bank.
+
+    Attributes:
+        sites: indices into the inventory's sites, in its order.
+        generator: name of the generator.
+        size: of the bank.
+        parameters: trainable parameters that it owns.
+        bytes: bytes of these.
+        price: expected loss; 0 for dedicated weights, negative for more than these.
+    """
+
+    sites: tuple[int, ...]
+    generator: str
+    size: Size
+    parameters: int
+    bytes: int
+    price: float
+
+
+class Profile(Protocol):
+    """The evidence behind distances and prices."""
+
+    @property
+    def name(self) -> str:
+        """What the certificate calls it."""
+
+    @property
+    def distance(self) -> npt.NDArray[np.float64]:
+        """``(S, S)``, how unlike the ideal weights of two sites are; symmetric."""
+
+    def price(self, sites: Sequence[int], share: float) -> float:
+        """Price of a bank that owns ``share`` of the parameters of its sites."""

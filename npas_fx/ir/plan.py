@@ -1,0 +1,192 @@
+"""The plan: which sites share which bank, as data that can be printed, written, edited and read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from npas_fx.errors import NPASError, PlanError
+from npas_fx.ir.budget import Budget
+from npas_fx.ir.size import Size
+
+VERSION: Literal[1] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankPlan:
+    """One bank of a plan.
+
+    Attributes:
+        sites: names of the weights that it generates; a dedicated weight is a bank of one site.
+        generator: name of the generator.
+        size: how many templates it has and how long they are.
+        parameters: trainable parameters that it owns: templates, coefficients and gains.
+        bytes: bytes of these.
+    """
+
+    sites: tuple[str, ...]
+    generator: str
+    size: Size
+    parameters: int
+    bytes: int
+
+    @property
+    def is_dedicated(self) -> bool:
+        """Whether the one weight simply stays the parameter it was."""
+        return self.generator == "dedicated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """How good the selection of banks is, for these prices and these candidates.
+
+    It speaks of the selection before the last parameters of the budget are filled in, which never
+    raises a price.
+
+    Attributes:
+        objective: summed price of the chosen banks; 0 when every weight is dedicated.
+        bound: no selection from these candidates has a lower price.
+        gap: ``(objective - bound) / max(|objective|, eps)``, and 0 when both are equal.
+        status: ``optimal`` when the solver proved it, else ``feasible``.
+        seconds: wall time of the solver; None when read from a file, not part of equality.
+        candidates: number of candidates that the optimum is over.
+        scope: what the candidates and their prices are, for the user to read.
+    """
+
+    objective: float
+    bound: float
+    gap: float
+    status: Literal["optimal", "feasible"]
+    seconds: float | None = field(default=None, compare=False)
+    candidates: int
+    scope: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.status}, gap {self.gap:.2%} (objective {self.objective:.6g}, bound "
+            f"{self.bound:.6g}) over {self.candidates:,} candidates: {self.scope}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which sites share which bank under a budget.
+
+    Attributes:
+        budget: what the emitted module may own.
+        parameters: trainable parameters that it does own, each counted once.
+        bytes: bytes of these.
+        banks: every site is in exactly one.
+        kept: parameters that stay as they are -> the reason.
+        kept_parameters: trainable ones among these.
+        kept_bytes: bytes of the trainable ones.
+        model_parameters: trainable parameters of the model that was planned.
+        site_parameters: elements of all sites.
+        fresh_parameters: elements of the sites that start fresh, since their bank is shared.
+        certificate: how good the plan is, or None for a plan written by hand.
+        version: of the file format.
+    """
+
+    budget: Budget
+    parameters: int
+    bytes: int
+    banks: tuple[BankPlan, ...]
+    kept: Mapping[str, str]
+    kept_parameters: int
+    kept_bytes: int
+    model_parameters: int
+    site_parameters: int
+    fresh_parameters: int
+    certificate: Certificate | None
+    version: Literal[1] = VERSION
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        for resource in ("parameters", "bytes"):
+            total = getattr(self, f"kept_{resource}") + sum(
+                getattr(b, resource) for b in self.banks
+            )
+            if total != getattr(self, resource):
+                raise PlanError(
+                    f"the plan says {resource}={getattr(self, resource)}, but its banks and what "
+                    f"stays add up to {total}; write that number"
+                )
+        names = Counter(name for bank in self.banks for name in bank.sites)
+        names.update(self.kept.keys())
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise PlanError(
+                f"{twice[0]!r} stands in the plan more than once; leave it in one place"
+            )
+
+    def to_json(self) -> str:
+        """Write the plan as JSON; the same plan always gives the same text."""
+        data = asdict(self)
+        if self.certificate is not None:
+            del data["certificate"]["seconds"]  # differs from run to run
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that ``to_json`` wrote, perhaps edited by hand since.
+
+        Raises:
+            PlanError: the text is no JSON, a field is missing, unknown or of the wrong type, or
+                the numbers do not add up.
+        """
+        try:
+            return _ADAPTER.validate_json(text, strict=True)
+        except ValidationError as err:
+            where = "; ".join(
+                f"{'.'.join(map(str, error['loc'])) or 'file'}: {error['msg']}"
+                for error in err.errors()[:3]
+            )
+            raise PlanError(f"this is not a plan of version {VERSION}: {where}") from err
+        except NPASError as err:
+            raise PlanError(str(err)) from err
+
+    def __str__(self) -> str:
+        table = Table(title=f"plan for a budget of {self.budget}", title_justify="left")
+        table.add_column("bank", justify="right")
+        table.add_column("generator")
+        table.add_column("sites", overflow="fold")
+        table.add_column("templates", justify="right")
+        table.add_column("parameters", justify="right")
+        table.add_column("bytes", justify="right")
+        for index, bank in enumerate(self.banks):
+            table.add_row(str(index), *_cells(bank))
+        reasons = Counter(self.kept.values())
+        stays = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        kept = (f"{self.kept_parameters:,}", f"{self.kept_bytes:,}")
+        table.add_row("", "stays", stays or "nothing", "", *kept, end_section=True)
+        total = (f"{self.parameters:,}", f"{self.bytes:,}")
+        table.add_row("", "total", f"of {self.model_parameters:,} plain", "", *total)
+        with StringIO() as text:
+            Console(file=text, width=110, color_system=None).print(table)
+            return (
+                f"{text.getvalue()}"
+                f"{self.fresh_parameters:,} of {self.site_parameters:,} parameters start fresh\n"
+                f"certificate: {self.certificate or 'none'}"
+            )
+
+
+def _cells(bank: BankPlan) -> tuple[str, ...]:
+    size = bank.size
+    partial = f" + {size.num_partial:,}" if size.num_partial else ""
+    templates = (
+        "" if bank.is_dedicated else f"{size.num_templates} x {size.template_size:,}{partial}"
+    )
+    names = "\n".join(bank.sites)
+    return bank.generator, names, templates, f"{bank.parameters:,}", f"{bank.bytes:,}"
+
+
+_ADAPTER: TypeAdapter[Plan] = TypeAdapter(Plan)

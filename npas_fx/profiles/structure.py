@@ -1,0 +1,113 @@
+"""``structure``: prices from shapes, roles and depth alone, for want of better evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from npas_fx.ir import Inventory, Site
+
+# How alike the ideal weights of two sites are taken to be: the sum of what they have in common.
+# Measured on a small language model, mixing within a role beat mixing across roles by 3 to 7 times
+# the difference between seeds; see docs/decisions/0004-prices-from-structure.md.
+ALIKE = {"anything": 0.1, "kind": 0.2, "role": 0.4, "shape": 0.3}
+# Likeness falls by this factor from the input of the network to its output.
+DEPTH_DECAY = 3.0
+# Price of putting unlike weights into one bank, as a share of what the bank gives up.
+CONFLICT = 0.5
+# Price of any sharing at all, so that nothing shared is ever as good as dedicated weights.
+SHARING = 0.05
+# What doubling a bank beyond the size of its weights is worth; so little that no weights are
+# shared to make room for it.
+EXCESS = 0.02
+# Prices are multiples of this, so that their sums are exact in floating point.
+RESOLUTION = 2.0**-32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureProfile:
+    """``G_ij = sqrt(e_i e_j) rho_ij``, with importance ``e`` (summing to 1) and likeness ``rho``.
+
+    A bank with templates for ``K`` of its ``S`` sites is priced at what its best ``K`` templates
+    leave, the sum of the smaller eigenvalues of its part of ``G`` (linear in between), plus a term
+    for the conflict among its sites, which eigenvalues alone do not see.
+    """
+
+    importance: npt.NDArray[np.float64]
+    likeness: npt.NDArray[np.float64]
+    similarity: npt.NDArray[np.float64]
+
+    @property
+    def name(self) -> str:
+        """Of the profile."""
+        return "structure"
+
+    @cached_property
+    def distance(self) -> npt.NDArray[np.float64]:
+        """``(S, S)``: ``sqrt(2 - 2 rho)``."""
+        distance: npt.NDArray[np.float64] = np.sqrt(np.clip(2 - 2 * self.likeness, 0, None))
+        return distance
+
+    @cached_property
+    def _spectra(self) -> dict[tuple[int, ...], tuple[npt.NDArray[np.float64], float, float]]:
+        return {}
+
+    def price(self, sites: Sequence[int], share: float) -> float:
+        """Price of a bank that owns ``share`` of the parameters of its sites."""
+        left, conflict, importance = self._spectrum(tuple(sites))
+        if share > 1:
+            return _round(-EXCESS * importance * math.log2(share))
+        reach = share * (len(left) - 1)
+        tail = float(np.interp(reach, np.arange(len(left)), left))
+        return _round(tail + (1 - share) * (CONFLICT * conflict + SHARING * importance))
+
+    def _spectrum(self, sites: tuple[int, ...]) -> tuple[npt.NDArray[np.float64], float, float]:
+        if sites not in self._spectra:
+            chosen = np.array(sites)
+            importance = self.importance[chosen]
+            root = np.sqrt(importance)
+            gram = root[:, None] * self.likeness[np.ix_(chosen, chosen)] * root
+            values = np.clip(np.linalg.eigvalsh(gram), 0, None)
+            left = np.concatenate([[0.0], np.cumsum(values)])[::-1]
+            total = float(importance.sum())
+            weight = importance / total
+            conflict = total * float(
+                weight @ (1 - self.similarity[np.ix_(chosen, chosen)]) @ weight
+            )
+            self._spectra[sites] = (left, conflict, total)
+        return self._spectra[sites]
+
+
+def profile_structure(inventory: Inventory) -> StructureProfile:
+    """Profile an inventory from the shapes, roles and depth of its sites."""
+    sites = inventory.sites
+    numels = np.array([site.numel for site in sites], dtype=np.float64)
+    depth = np.array([site.depth for site in sites])
+    similarity = np.array([[_similarity(a, b) for b in sites] for a in sites]).reshape(
+        len(sites), len(sites)
+    )
+    nearness = np.exp(-math.log(DEPTH_DECAY) * np.abs(depth[:, None] - depth))
+    return StructureProfile(
+        importance=numels / max(numels.sum(), 1),
+        likeness=similarity * nearness,
+        similarity=similarity,
+    )
+
+
+def _similarity(a: Site, b: Site) -> float:
+    return (
+        ALIKE["anything"]
+        + ALIKE["kind"] * (a.kind == b.kind)
+        + ALIKE["role"] * (a.role == b.role)
+        + ALIKE["shape"] * (a.shape == b.shape)
+    )
+
+
+def _round(price: float) -> float:
+    steps = round(price / RESOLUTION) or (1 if price > 0 else -1)  # never as good as dedicated
+    return steps * RESOLUTION

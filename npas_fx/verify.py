@@ -1,0 +1,205 @@
+"""Verify: the emitted module against the original, run with the same generated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from npas_fx.errors import CaptureError, VerificationError
+from npas_fx.passes.call import as_tuple
+from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.skeleton import copy_with
+
+# Of the largest entry: outputs, gradients.
+TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-4, 1e-3)}
+_COARSE = (3e-2, 1e-1)  # half precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What one mode gave.
+
+    Attributes:
+        mode: ``train`` or ``eval``.
+        outputs: largest difference of an output, as a share of its largest entry.
+        gradients: the same for the gradients of all trainable parameters.
+        buffers: the same for the buffers after the call.
+    """
+
+    mode: str
+    outputs: float
+    gradients: float
+    buffers: float
+
+
+def verify(
+    shared: EmittedModule,
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[Comparison, ...]:
+    """Run the rewrite oracle in train and in eval mode.
+
+    The original's own classes are run with the weights that the emitted module generates in the
+    place of its parameters, with the same random numbers. Neither module is changed, nor is any
+    global state.
+
+    Args:
+        shared: made from ``model``.
+        model: the original.
+        example_inputs: a tensor, or a tuple of positional arguments.
+        example_kwargs: keyword arguments.
+        seed: of the random numbers.
+
+    Raises:
+        VerificationError: outputs, gradients or buffers differ by more than the tolerances.
+        CaptureError: the model itself fails on the example.
+    """
+    args, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    return tuple(_compare(shared, model, args, kwargs, mode, seed) for mode in (True, False))
+
+
+def _compare(
+    shared: EmittedModule,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_training: bool,
+    seed: int,
+) -> Comparison:
+    mode = "train" if is_training else "eval"
+    parameters = {k: p for k, p in shared.named_parameters() if p.requires_grad}
+    buffers = {k: b.clone() for k, b in shared.named_buffers()}
+    expected_buffers = {k: b.clone() for k, b in model.named_buffers()}
+
+    def run_original() -> Any:
+        tensors = {**all_weights(shared, generate(shared)), **expected_buffers}
+        reference = copy_with(emission_of(shared).capture.skeleton, lambda name, _: tensors[name])
+        return reference.train(is_training)(*args, **kwargs)
+
+    try:
+        expected = _run(run_original, parameters, seed)
+    except Exception as err:
+        raise CaptureError(
+            f"the model raised {type(err).__name__} on the example in {mode} mode: {err}; pass an "
+            "example that runs"
+        ) from err
+    with _mode(shared, is_training):
+        got = _run(lambda: functional_call(shared, buffers, args, kwargs), parameters, seed)
+    updated = {name: buffers[name] for name in expected_buffers}
+    return Comparison(
+        mode=mode,
+        outputs=_difference(f"outputs in {mode} mode", got[0], expected[0], 0),
+        gradients=_difference(f"gradients in {mode} mode", got[1], expected[1], 1),
+        buffers=_difference(f"buffers in {mode} mode", updated, expected_buffers, 0),
+    )
+
+
+def generate(shared: EmittedModule) -> dict[str, Tensor]:
+    """Generate the weights of all shared sites, by name, as the emitted module would."""
+    emission = emission_of(shared)
+    if not emission.bank_of:
+        return {}
+    made = {name: bank() for name, bank in shared.get_submodule(emission.banks).named_children()}
+    return {site: made[bank][place] for site, (bank, place) in emission.bank_of.items()}
+
+
+def all_weights(shared: EmittedModule, generated: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter of the original by its first name: generated, or as the module keeps it."""
+    kept = dict(shared.named_parameters(remove_duplicate=False))
+    skeleton = emission_of(shared).capture.skeleton
+    return {
+        name: generated[name] if name in generated else kept[name]
+        for name, _ in skeleton.named_parameters()
+    }
+
+
+def _run(
+    call: Callable[[], Any], parameters: Mapping[str, Tensor], seed: int
+) -> tuple[Any, dict[str, Tensor]]:
+    with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
+        torch.manual_seed(seed)
+        output = call()
+        total = sum(
+            ((leaf.float() if leaf.dtype.itemsize < 4 else leaf) * _weight(leaf)).sum()
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+        )
+        gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if isinstance(total, Tensor) and parameters:
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return output, {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def _weight(output: Tensor) -> Tensor:
+    """Fixed weights for the elements of an output, so that no gradient cancels by symmetry."""
+    ramp = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
+    return torch.cos(ramp).to(output.dtype).view(output.shape)
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+
+
+@contextmanager
+def _mode(module: EmittedModule, is_training: bool) -> Iterator[None]:
+    flags = [(part, part.training) for part in module.modules()]
+    module.train(is_training)
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
+def _difference(what: str, got: Any, expected: Any, kind: int) -> float:
+    leaves, structure = pytree.tree_flatten(got)
+    expected_leaves, expected_structure = pytree.tree_flatten(expected)
+    if structure != expected_structure:
+        raise VerificationError(f"{what} have the structure {structure}, not {expected_structure}")
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(expected)[0]]
+    # A gradient that is zero but for rounding is compared with the others' size.
+    tensors = [b for b in expected_leaves if isinstance(b, Tensor) and b.is_floating_point()]
+    floor = 1e-3 * max(map(_largest, tensors), default=0.0) if kind else 0.0
+    worst = 0.0
+    for path, a, b in zip(paths, leaves, expected_leaves, strict=True):
+        if not isinstance(b, Tensor):
+            if a != b:
+                raise VerificationError(f"{what} differ at {path or 'the root'}: {a!r}, not {b!r}")
+            continue
+        if not isinstance(a, Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise VerificationError(f"{what} differ at {path or 'the root'} in shape or dtype")
+        worst = max(worst, _compare_tensors(f"{what}{path}", a.detach(), b.detach(), kind, floor))
+    return worst
+
+
+def _compare_tensors(what: str, got: Tensor, expected: Tensor, kind: int, floor: float) -> float:
+    if not expected.is_floating_point():
+        if not torch.equal(got, expected):
+            raise VerificationError(f"{what} differs from the original's")
+        return 0.0
+    tolerance = TOLERANCES.get(expected.dtype, _COARSE)[kind]
+    scale = max(_largest(expected), floor, 1e-30)
+    if torch.allclose(got, expected, rtol=0, atol=tolerance * scale, equal_nan=True):
+        return _largest(got - expected) / scale
+    raise VerificationError(
+        f"{what} differs from the original's by {_largest(got - expected):.3g}, where its largest "
+        f"entry is {scale:.3g}; please report the model"
+    )
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.detach().abs().nan_to_num(nan=0.0, posinf=0.0)
+    return finite.amax().item() if finite.numel() else 0.0

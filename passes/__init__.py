@@ -1,0 +1,1 @@
+"""Graph passes: capture a model, rewrite its graph, emit a module that runs it."""

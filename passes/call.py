@@ -1,0 +1,195 @@
+"""How a model is called: which arguments are inputs of its graph, and which are constants."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from npas_fx.errors import CaptureError, GuardError
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSignature:
+    """The signature of ``forward`` and what of it the graph was captured for.
+
+    Attributes:
+        signature: of the bound ``forward``; the emitted module has the same.
+        constants: flat argument name -> the value that it must have.
+        num_varargs: how many positional arguments went into ``*args``.
+        varkwargs: names that went into ``**kwargs``.
+    """
+
+    signature: inspect.Signature
+    constants: Mapping[str, Any]
+    num_varargs: int = 0
+    varkwargs: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Flat names of all arguments, in the order of the graph's placeholders."""
+        names: list[str] = []
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}_{k}" for k in range(self.num_varargs)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                names += self.varkwargs
+            else:
+                names.append(parameter.name)
+        return tuple(names)
+
+    def rebuild(
+        self, values: Mapping[str, Any], tracer: fx.Tracer
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments of a traced call: proxies, and constants behind a guard node each."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+
+        def value(name: str) -> Any:
+            if name not in self.constants:
+                return values[name]
+            expected = self.constants[name]
+            tracer.create_proxy("call_function", check_constant, (values[name], name, expected), {})
+            return expected
+
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += [value(f"{parameter.name}_{k}") for k in range(self.num_varargs)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update({name: value(name) for name in self.varkwargs})
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[parameter.name] = value(parameter.name)
+            else:
+                args.append(value(parameter.name))
+        return args, kwargs
+
+    def describe(self) -> dict[str, Any]:
+        """What the graph was captured for, as plain data; equal exactly for equal calls."""
+        return {
+            "arguments": [name for name in self.names if name not in self.constants],
+            "constants": {name: repr(value) for name, value in sorted(self.constants.items())},
+        }
+
+
+def read_call(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> CallSignature:
+    """Decide which arguments of ``forward`` are inputs and which are constants.
+
+    An argument that is not given is the constant it defaults to; one that is given is a constant
+    if it is None, a number, a string or alike, and an input otherwise. Without an example, the
+    arguments that have no default are the inputs.
+
+    Args:
+        model: its ``forward`` is not called.
+        example_inputs: a tuple of positional arguments, one such argument, or None.
+        example_kwargs: keyword arguments.
+
+    Raises:
+        CaptureError: the example does not fit the signature, or there is none and ``forward``
+            takes ``*args``.
+    """
+    signature = inspect.signature(model.forward)
+    parameters = signature.parameters
+    if example_inputs is None and example_kwargs is None:
+        for parameter in parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                raise CaptureError(
+                    f"forward takes *{parameter.name}, whose number is not known without an "
+                    "example; pass example_inputs"
+                )
+        defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        return CallSignature(signature=signature, constants=defaults)
+    try:
+        bound = signature.bind(*as_tuple(example_inputs), **(example_kwargs or {}))
+    except TypeError as err:
+        raise CaptureError(f"the example inputs do not fit forward{signature}: {err}") from err
+    constants: dict[str, Any] = {}
+    num_varargs, varkwargs = 0, ()
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            given = {f"{name}_{k}": item for k, item in enumerate(bound.arguments.get(name, ()))}
+            num_varargs = len(given)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            given = bound.arguments.get(name, {})
+            varkwargs = tuple(given)
+        elif name in bound.arguments:
+            given = {name: bound.arguments[name]}
+        else:
+            given = {}
+            constants[name] = parameter.default
+        constants.update({key: item for key, item in given.items() if isinstance(item, _CONSTANTS)})
+    return CallSignature(
+        signature=signature, constants=constants, num_varargs=num_varargs, varkwargs=varkwargs
+    )
+
+
+def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """Positional arguments: a tuple as it is, None as none, anything else as the only one."""
+    if example_inputs is None:
+        return ()
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def check_constant(value: Any, name: str, expected: Any) -> None:
+    """Refuse a call whose argument differs from what the graph was captured for."""
+    if value is expected or (type(value) is type(expected) and value == expected):
+        return
+    raise GuardError(
+        f"captured for {name}={expected!r}, called with another value (a {type(value).__name__}); "
+        f"pass example inputs that include {name} when the model is transformed"
+    )
+
+
+def make_forward(call: CallSignature, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a ``forward`` of the captured signature that calls ``run`` with flat arguments."""
+    scope: dict[str, Any] = {"_run": run, "_check_extra": _check_extra}
+    parameters, flat, checks = ["self"], ["self"], []
+    is_keyword_only = False
+    positional_only = [p for p in call.signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    for name, parameter in call.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parameters.append(f"*{name}")
+            is_keyword_only = True
+            checks.append(f"_check_extra({name!r}, len({name}), {call.num_varargs})")
+            flat += [f"{name}[{k}]" for k in range(call.num_varargs)]
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            parameters.append(f"**{name}")
+            checks.append(f"_check_extra({name!r}, sorted({name}), {sorted(call.varkwargs)!r})")
+            flat += [f"{name}[{key!r}]" for key in call.varkwargs]
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword_only:
+            parameters.append("*")
+            is_keyword_only = True
+        default = ""
+        if parameter.default is not parameter.empty:
+            scope[f"_default_{name}"] = parameter.default
+            default = f"=_default_{name}"
+        parameters.append(f"{name}{default}")
+        flat.append(name)
+        if positional_only and parameter is positional_only[-1]:
+            parameters.append("/")
+    body = "".join(f"    {check}\n" for check in checks)
+    source = f"def forward({', '.join(parameters)}):\n{body}    return _run({', '.join(flat)})\n"
+    exec(source, scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
+def _check_extra(name: str, given: Any, expected: Any) -> None:
+    if given != expected:
+        raise GuardError(
+            f"captured for {expected} in {name}, called with {given}; pass example inputs of the "
+            "kind that is meant when the model is transformed"
+        )

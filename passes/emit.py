@@ -1,0 +1,180 @@
+"""Emit: the module that owns what is kept and the banks, and runs the rewritten graph."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from torch import fx, nn
+
+from npas_fx.banks import Bank
+from npas_fx.ir import Plan
+from npas_fx.passes.call import CallSignature, make_forward
+from npas_fx.passes.capture import Capture
+from npas_fx.passes.pipeline import rewrite
+
+_STATE = "_npas_fx"
+_SOURCES = count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emission:
+    """What an emitted module knows about itself; shared by its copies.
+
+    Attributes:
+        plan: which banks it has.
+        graph: what it runs.
+        capture: what its graph was made from.
+        banks: name of the submodule that holds the banks.
+        bank_of: name of a shared site -> its bank's name in there and its place in the bank.
+    """
+
+    plan: Plan
+    graph: fx.Graph
+    capture: Capture
+    banks: str
+    bank_of: Mapping[str, tuple[str, int]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Emission:
+        return self
+
+
+class EmittedModule(nn.Module):
+    """A module made by ``npas_fx.apply``; each has a class of its own, with its own ``forward``.
+
+    It owns the kept parameters, buffers and modules under the names that they had, and the banks
+    under one more name. ``plan`` is its plan, unless the model has an attribute of that name.
+    """
+
+    def train(self, mode: bool = True) -> EmittedModule:
+        """Set the mode as the model's own ``train`` would, which may keep parts frozen."""
+        super().train(mode)
+        skeleton = emission_of(self).capture.skeleton
+        skeleton.train(mode)
+        flags = {path: module.training for path, module in skeleton.named_modules()}
+        for path, module in self.named_modules():
+            if path in flags:
+                module.training = flags[path]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModule:
+        """Copy all tensors; plan and graph are shared."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, with the way to do it."""
+        raise TypeError(
+            "an emitted module has code of its own and cannot be pickled; use npas_fx.save(shared, "
+            "folder), or keep its plan and its state_dict()"
+        )
+
+
+def emission_of(module: EmittedModule) -> Emission:
+    """What an emitted module knows about itself."""
+    emission: Emission = vars(module)[_STATE]
+    return emission
+
+
+def choose_bank_name(model: nn.Module) -> str:
+    """Find a name for the banks' submodule that the model does not use."""
+    name, number = "npas_banks", count(2)
+    while hasattr(model, name):
+        name = f"npas_banks_{next(number)}"
+    return name
+
+
+def emit(
+    capture: Capture, plan: Plan, store: nn.Module, banks: Mapping[str, Bank]
+) -> EmittedModule:
+    """Make the module that runs the captured graph with generated weights.
+
+    Args:
+        capture: of the model.
+        plan: of the banks.
+        store: a copy of the model that the emitted module may own; the values of shared sites in
+            it are not used.
+        banks: name of each bank -> the bank, in the order of the plan's shared banks.
+    """
+    shared = [bank for bank in plan.banks if not bank.is_dedicated]
+    prefix = choose_bank_name(store)
+    names = list(banks)
+    bank_of = {
+        site: (name, place)
+        for name, bank in zip(names, shared, strict=True)
+        for place, site in enumerate(bank.sites)
+    }
+    sites_of = {f"{prefix}.{name}": b.sites for name, b in zip(names, shared, strict=True)}
+    graph = rewrite(capture.graph, sites_of)
+    generated = _all_names(capture, bank_of)
+    module = _new_module(type(store).__name__, graph, capture.call)
+    _mirror(store, "", module, capture.leaves, generated, {})
+    for path, constant in capture.constants.items():
+        owner, _, name = path.rpartition(".")
+        module.get_submodule(owner).register_buffer(name, constant.clone(), persistent=False)
+    if banks:
+        module.add_module(prefix, nn.ModuleDict(banks))
+        module.get_submodule(prefix).train(store.training)
+    emission = Emission(plan=plan, graph=graph, capture=capture, banks=prefix, bank_of=bank_of)
+    vars(module)[_STATE] = emission
+    if not hasattr(module, "plan"):
+        vars(module)["plan"] = plan
+    return module
+
+
+def _all_names(capture: Capture, bank_of: Mapping[str, Any]) -> frozenset[str]:
+    sites = [site for site in capture.inventory.sites if site.name in bank_of]
+    return frozenset(name for site in sites for name in (site.name, *site.aliases))
+
+
+def _new_module(name: str, graph: fx.Graph, call: CallSignature) -> EmittedModule:
+    code = graph.python_code("self")
+    filename = f"<npas_fx graph {next(_SOURCES)} of {name}>"
+    # Tracebacks show the generated lines.
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    scope: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), scope)
+    run: Callable[..., Any] = scope["forward"]
+    kind = type(
+        name, (EmittedModule,), {"forward": make_forward(call, run), "__module__": __name__}
+    )
+    module: EmittedModule = kind()
+    return module
+
+
+def _mirror(
+    source: nn.Module,
+    path: str,
+    target: nn.Module,
+    leaves: Mapping[str, str],
+    generated: frozenset[str],
+    done: dict[int, nn.Module],
+) -> None:
+    """Give ``target`` what ``source`` owns, but for generated weights; leaves are taken whole."""
+    done[id(source)] = target
+    target.training = source.training
+    prefix = f"{path}." if path else ""
+    for name, parameter in source._parameters.items():
+        if prefix + name not in generated:
+            target.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        is_persistent = name not in source._non_persistent_buffers_set
+        target.register_buffer(name, buffer, persistent=is_persistent)
+    for name, child in source._modules.items():
+        if child is None:
+            target.add_module(name, None)
+        elif id(child) in done:
+            target.add_module(name, done[id(child)])  # one module under two names
+        elif prefix + name in leaves:
+            done[id(child)] = child
+            target.add_module(name, child)
+        else:
+            container = nn.Module()
+            target.add_module(name, container)
+            _mirror(child, prefix + name, container, leaves, generated, done)

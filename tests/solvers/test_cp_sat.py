@@ -1,0 +1,354 @@
+"""The certificate properties, over all of SOLVERS where they hold for any solver."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, cp_sat, greedy
+from npas_fx.solvers.exact_cover import CoverProgram
+from npas_fx.solvers.integer_prices import to_integers
+from npas_fx.solvers.relaxation import relax
+from planning_problems import (
+    ANY_PRICES,
+    every_cover,
+    every_plan,
+    exact_price,
+    planning_problems,
+    with_budget,
+)
+
+every_solver = pytest.mark.parametrize("name", SOLVERS)
+examples = settings(max_examples=60, deadline=None)
+
+
+@examples
+@given(planning_problems(max_sites=6))
+def test_selection_is_the_true_optimum(problem: PlanningProblem) -> None:
+    plans = every_plan(problem)
+    assume(plans)
+    selection = cp_sat.select(problem)
+    assert selection.objective == min(exact_price(problem, plan) for plan in plans)
+    assert selection.status == "optimal"
+    assert selection.bound == selection.objective
+    assert selection.gap == 0.0
+
+
+@examples
+@given(planning_problems(max_sites=5, prices=ANY_PRICES))
+def test_selection_is_optimal_up_to_the_stated_rounding(problem: PlanningProblem) -> None:
+    plans = every_plan(problem)
+    assume(plans)
+    selection = cp_sat.select(problem)
+    best = min(exact_price(problem, plan) for plan in plans)
+    largest = max(abs(price) for price in problem.price)
+    rounding = problem.num_sites * len(problem.price) * 2.0**-51 * largest
+    assert selection.status == "optimal"
+    assert selection.bound is not None
+    assert selection.objective is not None
+    assert selection.bound <= float(best) <= selection.objective
+    assert selection.objective - selection.bound <= rounding + math.ulp(selection.objective)
+
+
+@every_solver
+@examples
+@given(problem=planning_problems(max_sites=6))
+def test_chosen_candidates_cover_exactly_within_every_budget(
+    name: str, problem: PlanningProblem
+) -> None:
+    selection = SOLVERS[name](problem)
+    plans = every_plan(problem)
+    assert (selection.status == "infeasible") == (not plans)
+    assert selection.chosen in (plans or [()])
+    if plans:
+        assert selection.objective == float(exact_price(problem, selection.chosen))
+    else:
+        assert selection.objective is selection.bound is selection.gap is None
+
+
+@every_solver
+@examples
+@given(problem=planning_problems(max_sites=6, prices=ANY_PRICES))
+def test_bound_is_below_every_plan(name: str, problem: PlanningProblem) -> None:
+    selection = SOLVERS[name](problem)
+    assume(selection.status != "infeasible")
+    assert selection.bound is not None
+    assert selection.objective is not None
+    best = min(exact_price(problem, plan) for plan in every_plan(problem))
+    assert selection.bound <= float(best) <= selection.objective
+    assert selection.gap is not None
+    assert selection.gap >= 0
+    assert (selection.gap == 0) == (selection.bound == selection.objective)
+
+
+@examples
+@given(planning_problems(max_sites=6, prices=ANY_PRICES))
+def test_plan_is_never_worse_than_the_greedy_one(problem: PlanningProblem) -> None:
+    best, quick = cp_sat.select(problem), greedy.select(problem)
+    assert best.status == "infeasible" or best.objective <= quick.objective
+
+
+@every_solver
+@examples
+@given(problem=planning_problems(max_sites=6, num_resources=1))
+def test_smallest_budget_succeeds_and_one_fewer_does_not(
+    name: str, problem: PlanningProblem
+) -> None:
+    select = SOLVERS[name]
+    covers = list(every_cover(problem))
+    assume(covers)
+    least = min(sum(problem.cost["parameters"][c] for c in cover) for cover in covers)
+    assert select(problem).smallest == {"parameters": least}
+    assert select(with_budget(problem, "parameters", least)).status != "infeasible"
+    if least > 0:
+        below = select(with_budget(problem, "parameters", least - 1))
+        assert below.status == "infeasible"
+        assert below.smallest == {"parameters": least}
+
+
+@every_solver
+@examples
+@given(problem=planning_problems(max_sites=5, num_resources=2))
+def test_smallest_of_each_resource_ignores_the_other(name: str, problem: PlanningProblem) -> None:
+    covers = list(every_cover(problem))
+    assume(covers)
+    assert SOLVERS[name](problem).smallest == {
+        r: min(sum(cost[c] for c in cover) for cover in covers) for r, cost in problem.cost.items()
+    }
+
+
+@examples
+@given(problem=planning_problems(max_sites=6, num_resources=1), more=st.integers(1, 20))
+def test_more_budget_is_never_worse(problem: PlanningProblem, more: int) -> None:
+    before = cp_sat.select(problem)
+    assume(before.objective is not None)
+    after = cp_sat.select(with_budget(problem, "parameters", problem.budget["parameters"] + more))
+    assert after.objective <= before.objective
+
+
+@examples
+@given(problem=planning_problems(max_sites=6), data=st.data())
+def test_more_candidates_are_never_worse(problem: PlanningProblem, data: st.DataObject) -> None:
+    before = cp_sat.select(problem)
+    assume(before.objective is not None)
+    sites = data.draw(st.sets(st.integers(0, problem.num_sites - 1), min_size=1))
+    added = replace(
+        problem,
+        members=(*problem.members, tuple(sorted(sites))),
+        price=(*problem.price, data.draw(st.integers(-64, 64)) / 8),
+        cost={r: (*cost, data.draw(st.integers(0, 12))) for r, cost in problem.cost.items()},
+    )
+    assert cp_sat.select(added).objective <= before.objective
+
+
+@examples
+@given(problem=planning_problems(max_sites=6), data=st.data())
+def test_order_of_candidates_changes_only_the_choice_among_equals(
+    problem: PlanningProblem, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(problem.members))))
+    shuffled = replace(
+        problem,
+        members=tuple(problem.members[c] for c in order),
+        price=tuple(problem.price[c] for c in order),
+        cost={r: tuple(cost[c] for c in order) for r, cost in problem.cost.items()},
+    )
+    before, after = cp_sat.select(problem), cp_sat.select(shuffled)
+    assert (before.objective, before.status, before.smallest) == (
+        after.objective,
+        after.status,
+        after.smallest,
+    )
+
+
+def ladder(num_sites: int, budget: int) -> PlanningProblem:
+    """Singles in four sizes, and runs of neighbours: too many plans to enumerate."""
+    members: list[tuple[int, ...]] = []
+    price: list[float] = []
+    cost: list[int] = []
+    for length in (1, 2, 3, 5):
+        for start in range(num_sites - length + 1):
+            weight = sum(1 + (7 * i) % 5 for i in range(start, start + length))
+            for k in range(1, 5):
+                members.append(tuple(range(start, start + length)))
+                price.append((weight * (4 - k) ** 2 + (length - 1) * 3) / 16)
+                cost.append(25 * k * length - 3 * (length - 1) * k)
+    return PlanningProblem(
+        num_sites=num_sites,
+        members=tuple(members),
+        price=tuple(price),
+        cost={"parameters": tuple(cost)},
+        budget={"parameters": budget},
+    )
+
+
+@every_solver
+def test_two_runs_give_the_same_selection(name: str) -> None:
+    problem = ladder(30, 1500)
+    first, second = (replace(SOLVERS[name](problem), seconds=0.0) for _ in range(2))
+    assert first == second
+
+
+def test_another_process_gives_the_same_selection(request: pytest.FixtureRequest) -> None:
+    """Sets and hashes differ from process to process; the plan must not."""
+    problem = ladder(12, 600)
+    code = (
+        "import json, sys; from dataclasses import asdict, replace\n"
+        "from npas_fx.solvers import PlanningProblem, cp_sat\n"
+        "given = json.load(sys.stdin); given['members'] = tuple(map(tuple, given['members']))\n"
+        "selection = cp_sat.select(PlanningProblem(**given))\n"
+        "print(json.dumps(asdict(replace(selection, seconds=0.0))))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(asdict(problem)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = asdict(replace(cp_sat.select(problem), seconds=0.0))
+    assert json.loads(run.stdout) == json.loads(json.dumps(here))
+
+
+def test_a_ladder_is_solved_to_the_end() -> None:
+    selection = cp_sat.select(ladder(30, 1500))
+    assert selection.status == "optimal"
+    assert selection.gap == 0.0
+    assert selection.num_candidates == len(ladder(30, 1500).members)
+
+
+def test_a_search_that_is_cut_short_still_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ladder(30, 1483)
+    best = cp_sat.select(problem)
+    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 0.0), (None, 0.0)))
+    cut = cp_sat.select(problem)
+    assert cut.status in ("optimal", "feasible")
+    assert cut.bound <= best.objective <= cut.objective
+    assert cut.objective <= greedy.select(problem).objective
+
+
+def test_a_search_among_few_candidates_claims_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ladder(30, 1483)
+    best = cp_sat.select(problem)
+    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 1.0),))
+    cut = cp_sat.select(problem)
+    assert best.status == "optimal"
+    assert cut.bound <= best.objective < cut.objective
+    assert cut.status == "feasible"
+    assert cut.gap == (cut.objective - cut.bound) / cut.objective
+
+
+def test_searches_among_few_candidates_first_prove_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ladder(30, 1483)
+    best = cp_sat.select(problem)
+    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 1.0), (2, 1.0), (None, 8.0)))
+    assert replace(cp_sat.select(problem), chosen=(), seconds=0.0) == replace(
+        best, chosen=(), seconds=0.0
+    )
+
+
+def test_budgets_that_only_fit_together_in_one_plan_are_found() -> None:
+    # Each resource has a cheaper cover of its own; only the middle one fits both budgets.
+    problem = PlanningProblem(
+        num_sites=1,
+        members=((0,), (0,), (0,)),
+        price=(0.0, 0.0, 9.0),
+        cost={"parameters": (1, 9, 5), "bytes": (9, 1, 5)},
+        budget={"parameters": 5, "bytes": 5},
+    )
+    for select in SOLVERS.values():
+        assert select(problem).chosen == (2,)
+        assert select(with_budget(problem, "bytes", 4)).status == "infeasible"
+
+
+def test_gap_is_measured_against_the_cheapest_plan_where_the_objective_is_small() -> None:
+    problem = PlanningProblem(
+        num_sites=1,
+        members=((0,), (0,)),
+        price=(0.0, 4e6),
+        cost={"parameters": (2, 1)},
+        budget={"parameters": 2},
+    )
+    assert greedy.select(problem).gap == 0.0
+    two = PlanningProblem(
+        num_sites=2,
+        members=((0,), (1,), (0, 1), (0, 1)),
+        price=(0.0, 0.0, -1.0, 4e6),
+        cost={"parameters": (2, 2, 9, 1)},
+        budget={"parameters": 4},
+    )
+    selection = greedy.select(two)
+    assert (selection.objective, selection.bound) == (0.0, -1.0)
+    assert selection.gap == 1.0 / 4.0
+
+
+def test_gap_is_infinite_where_there_is_no_scale() -> None:
+    problem = PlanningProblem(
+        num_sites=1, members=((0,), (0,)), price=(0.0, -1.0), cost={"n": (1, 2)}, budget={"n": 1}
+    )
+    selection = greedy.select(problem)
+    assert selection.bound == -1.0
+    assert selection.gap == math.inf
+    assert cp_sat.select(problem).gap == 0.0
+
+
+@examples
+@given(st.lists(ANY_PRICES | st.floats(allow_nan=False, allow_infinity=False, width=32)))
+def test_prices_are_rounded_down_by_less_than_a_unit(price: list[float]) -> None:
+    prices = to_integers(price)
+    unit = Fraction(2) ** -prices.shift
+    for p, value in zip(price, prices.values, strict=True):
+        assert 0 <= Fraction(p) - value * unit < unit
+    assert sum(map(abs, prices.values)) <= 2**53
+    assert prices.to_price(sum(prices.values)) == float(sum(prices.values) * unit)
+
+
+@given(st.lists(st.integers(-(2**30), 2**30)), st.integers(-60, 60))
+def test_multiples_of_a_power_of_two_are_not_rounded(multiples: list[int], power: int) -> None:
+    price = [n * 2.0**power for n in multiples]
+    prices = to_integers(price)
+    assert [Fraction(v) * Fraction(2) ** -prices.shift for v in prices.values] == price
+
+
+@examples
+@given(planning_problems(max_sites=6))
+def test_relaxation_bounds_the_plans_with_each_candidate(problem: PlanningProblem) -> None:
+    program = CoverProgram(
+        num_sites=problem.num_sites,
+        members=problem.members,
+        price=tuple(int(8 * price) for price in problem.price),
+        cost=problem.cost,
+        budget=problem.budget,
+    )
+    relaxation = relax(program)
+    for plan in every_plan(problem):
+        price = 8 * exact_price(problem, plan)
+        assert relaxation.bound <= price
+        assert all(relaxation.bound_with[c] <= price for c in plan)
+
+
+def test_selections_compare_by_value() -> None:
+    selection = cp_sat.select(ladder(3, 200))
+    assert isinstance(selection, Selection)
+    assert selection == replace(selection)
+
+
+def test_relaxation_prices_the_budget() -> None:
+    # Half of each candidate meets the budget: the relaxation is worth 5, and either costs more.
+    program = CoverProgram(
+        num_sites=1,
+        members=((0,), (0,), (0,)),
+        price=(0, 10, 20),
+        cost={"parameters": (10, 0, 0)},
+        budget={"parameters": 5},
+    )
+    assert relax(program).bound == 5
+    assert relax(program).bound_with == (5, 5, 15)
