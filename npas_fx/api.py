@@ -14,7 +14,7 @@ from npas_fx.build import build_banks, check_plan, give_birth
 from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
 from npas_fx.ir import Plan
-from npas_fx.passes.capture import capture
+from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import EmittedModule, emission_of, emit
 from npas_fx.passes.skeleton import clone, copy_with, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
@@ -74,28 +74,19 @@ def transform(
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
-    chosen = plan(
-        model,
-        budget,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    rules = apply_rules(
+        captured.inventory,
         include=include,
         exclude=exclude,
         keep_private=keep_private,
         same_bank=same_bank,
-        profile=profile,
-        generators=generators,
-        solver=solver,
     )
-    return apply(
-        model,
-        chosen,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        generators=generators,
-        verify=verify,
-        seed=seed,
-    )
+    chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
+    emitted = _emit(model, captured, chosen, generators, seed)
+    if verify and (example_inputs is not None or example_kwargs is not None):
+        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+    return emitted
 
 
 def plan(
@@ -157,6 +148,19 @@ def apply(
         VerificationError: as for ``transform``.
     """
     captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    emitted = _emit(model, captured, plan, generators, seed)
+    if verify and (example_inputs is not None or example_kwargs is not None):
+        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+    return emitted
+
+
+def _emit(
+    model: nn.Module,
+    captured: Capture,
+    plan: Plan,
+    generators: Sequence[str | Generator] | None,
+    seed: int,
+) -> EmittedModule:
     known = resolve_generators(generators)
     check_plan(plan, captured.inventory, known)
     if any(tensor.is_meta for tensor in model.parameters()):
@@ -169,10 +173,7 @@ def apply(
     give_birth(banks, plan, weights, seed)
     shared = {name for bank in plan.banks if not bank.is_dedicated for name in bank.sites}
     store = copy_with(model, lambda name, t: empty_like(t, "meta") if name in shared else clone(t))
-    emitted = emit(captured, plan, store, banks)
-    if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
-    return emitted
+    return emit(captured, plan, store, banks)
 
 
 def plan_of(shared: nn.Module) -> Plan:

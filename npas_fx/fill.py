@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from npas_fx.generators import Generator
@@ -25,9 +25,9 @@ def fill(
 ) -> tuple[Candidate, ...]:
     """Spend what is left of the budget on the chosen banks; no price rises.
 
-    Banks get further templates while one fits, the best price for its cost first. Then one bank
-    gets a partial template of as many elements as are left. Where all weights are dedicated, one
-    of them becomes a bank of its own first.
+    Banks get longer tiles or further templates while these fit, the best price for its cost first.
+    Then one bank gets a partial template of as many elements as are left. Where all weights are
+    dedicated, one of them becomes a bank of its own first.
 
     Args:
         chosen: the selection.
@@ -68,7 +68,7 @@ class _Filler:
         """Spend."""
         if self.left > 0 and all(bank.generator == "dedicated" for bank in self.banks):
             self._open_bank()
-        self._add_templates()
+        self._enlarge()
         self._add_partial()
         return self.banks
 
@@ -79,12 +79,6 @@ class _Filler:
     def _resized(self, bank: Candidate, size: Size) -> Candidate:
         generator = self.generators[bank.generator]
         return make_candidate(bank.sites, self.sites, generator, size, self.profile)
-
-    def _growing(self) -> Iterator[int]:
-        """Indices of the banks whose generator mixes any number of templates."""
-        for index, bank in enumerate(self.banks):
-            if bank.generator == "wavg":
-                yield index
 
     def _open_bank(self) -> None:
         """Turn one dedicated weight into a bank: the smallest that holds what is left."""
@@ -106,13 +100,24 @@ class _Filler:
             self.left -= cost
 
     def _step(self, index: int) -> tuple[float, int, Candidate, int]:
+        """The next larger size of a bank: its price for each parameter, its place, it, its cost."""
         bank = self.banks[index]
-        grown = self._resized(bank, replace(bank.size, num_templates=bank.size.num_templates + 1))
-        cost = (grown.parameters - bank.parameters) * self._unit(bank)
-        return (grown.price - bank.price) / cost, index, grown, cost
+        size, unit = bank.size, self._unit(bank)
+        room = max(self.sites[k].numel for k in bank.sites) - size.template_size
+        if room:  # longer tiles, by a twentieth or by what is left
+            affordable = max(1, self.left // unit // size.num_templates)
+            longer = min(room, affordable, max(1, size.template_size // 20))
+            size = replace(size, template_size=size.template_size + longer)
+        else:
+            size = replace(size, num_templates=size.num_templates + 1)
+        grown = self._resized(bank, size)
+        cost = (grown.parameters - bank.parameters) * unit
+        return (grown.price - bank.price) / max(cost, 1e-3), index, grown, cost
 
-    def _add_templates(self) -> None:
-        heap = [self._step(index)[:2] for index in self._growing()]
+    def _enlarge(self) -> None:
+        """Make banks larger while that fits, the best price for its cost first."""
+        wavg = [index for index, bank in enumerate(self.banks) if bank.generator == "wavg"]
+        heap = [self._step(index)[:2] for index in wavg]
         heapq.heapify(heap)
         while heap:
             _, index = heapq.heappop(heap)

@@ -15,7 +15,8 @@ from npas_fx.ir import Size
 class Bank(nn.Module):
     """Templates and coefficients of one bank; calling it generates the weights of all its sites.
 
-    Its tensors are named and shaped by the generator. It is made with undefined values: ``birth``
+    Its tensors are named and shaped by the generator, but for ``offset``, ``(S,)``, which is added
+    to the weights. It is made with undefined values: ``birth``
     draws them, ``load_state_dict`` fills them in.
 
     Args:
@@ -25,6 +26,8 @@ class Bank(nn.Module):
         dtype: of the weights.
         device: of the weights.
     """
+
+    offset: Tensor
 
     def __init__(
         self,
@@ -39,13 +42,14 @@ class Bank(nn.Module):
         self.generator = generator
         self.shapes = tuple(shapes)
         self.size = size
-        self.has_offset = True
         for name, shape in generator.parameters(self.shapes, size).items():
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             )
         for name, shape in generator.buffers(self.shapes, size).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        self.register_buffer("offset", torch.zeros(len(self.shapes), dtype=dtype, device=device))
+        self.offset_sites: tuple[int, ...] = ()
 
     def birth(self, moments: Sequence[Moments], random: torch.Generator) -> None:
         """Draw all tensors, so that each weight has the moments of the one that it replaces."""
@@ -62,14 +66,20 @@ class Bank(nn.Module):
 
     def forward(self) -> tuple[Tensor, ...]:
         """Generate the weights of all sites, in their own dtype also under autocast."""
-        tensors = self.tensors()
-        if not self.has_offset:
-            del tensors["offset"]
-        device = next(iter(tensors.values())).device.type
+        device = self.offset.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.generator.generate(tensors, self.shapes, self.size)
-        return self.generator.generate(tensors, self.shapes, self.size)
+                return self._generate()
+        return self._generate()
+
+    def _generate(self) -> tuple[Tensor, ...]:
+        weights = self.generator.generate(self.tensors(), self.shapes, self.size)
+        if not self.offset_sites:
+            return weights
+        return tuple(
+            weight + self.offset[k] if k in self.offset_sites else weight
+            for k, weight in enumerate(weights)
+        )
 
     def extra_repr(self) -> str:
         """Say what the bank is."""
@@ -80,7 +90,7 @@ class Bank(nn.Module):
         self.note_offset()
 
     def note_offset(self) -> None:
-        """See whether any offset differs from zero; to be called after the tensors change."""
-        # Adding an offset is one more pass over the weights, and most banks have none.
-        offset = self._buffers.get("offset")
-        self.has_offset = offset is not None and (offset.is_meta or bool(offset.any()))
+        """See which offsets differ from zero; to be called after the tensors change."""
+        # Adding one is a pass over the weight, and most are zero.
+        if not self.offset.is_meta:
+            self.offset_sites = tuple(self.offset.nonzero().flatten().tolist())

@@ -59,10 +59,15 @@ class Generator(Protocol):
     def birth(
         self, shapes: Shapes, size: Size, moments: Sequence[Moments], random: torch.Generator
     ) -> dict[str, Tensor]:
-        """Draw all tensors of a new bank in float32, so that the weights have these moments."""
+        """Draw all tensors of a new bank in float32, so that the weights have these moments.
+
+        Returns:
+            The parameters and buffers by name, and ``offset``, ``(S,)``: what the bank adds to each
+            generated weight.
+        """
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
-        """Generate the weights of all sites from parameters and buffers, in their dtype."""
+        """Generate the weights of all sites, but for their offsets, in the dtype of the tensors."""
 
 
 def num_parameters(generator: Generator, shapes: Shapes, size: Size) -> int:

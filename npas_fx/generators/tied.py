@@ -31,7 +31,7 @@ class Tied:
         return {**mixing.template_shapes(size), "gain": (len(shapes),)}
 
     def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
-        """``offset (S,)``, and ``partial_coefficients`` where there is a partial template."""
+        """``partial_coefficients`` where there is a partial template."""
         return mixing.constant_shapes(shapes, size)
 
     def birth(

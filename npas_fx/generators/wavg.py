@@ -28,8 +28,8 @@ class WeightedAverage:
 
     A weight is flattened and cut into tiles of the templates' size. Templates as large as the
     weights mix whole weights; a bank smaller than one weight mixes parts of it, each with
-    coefficients of its own, so that no part is a copy of another. Gains and offsets are constants:
-    the coefficients already scale what they mix.
+    coefficients of its own, so that no part is a copy of another. Gains are constants: the
+    coefficients already scale what they mix.
 
     Source: Plummer et al., Neural Parameter Allocation Search, section 3.1.1 (WAvg); tiles in place
     of its bilinear resizing are ours.
@@ -49,12 +49,10 @@ class WeightedAverage:
             if above:
                 many = {round(share * count) for share in _SHARES_ABOVE}
                 sizes |= {_whole(largest, k) for k in many if count < k <= MAX_TEMPLATES}
-        row = math.prod(shapes[0][1:])
-        has_rows = all(math.prod(shape[1:]) == row for shape in shapes)
         power = 0
         while (wanted := total / 2**power) >= math.sqrt(total):
             for share in _SHARES_BELOW:
-                sizes |= set(_tiles(wanted * share, total, largest, row if has_rows else 1))
+                sizes |= set(_tiles(wanted * share, total, largest))
             power += 1
         for size in sorted(sizes, key=lambda s: (s.num_templates, s.template_size)):
             if size.template_size <= largest:
@@ -66,7 +64,7 @@ class WeightedAverage:
         return {**mixing.template_shapes(size), "coefficients": coefficients}
 
     def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
-        """``offset (S,)``, ``gain (S,)``, and ``partial_coefficients`` if there is a partial."""
+        """``gain (S,)``, and ``partial_coefficients`` if there is a partial template."""
         return {**mixing.constant_shapes(shapes, size), "gain": (len(shapes),)}
 
     def birth(
@@ -84,7 +82,7 @@ def _whole(numel: int, num_templates: int) -> Size:
     return Size(num_templates=num_templates, template_size=numel)
 
 
-def _tiles(wanted: float, total: int, largest: int, row: int) -> Iterator[Size]:
+def _tiles(wanted: float, total: int, largest: int) -> Iterator[Size]:
     """Sizes whose templates have about ``wanted`` elements for ``total`` generated ones."""
     if wanted >= 2 * largest:
         num_templates = round(wanted / largest)
@@ -94,8 +92,6 @@ def _tiles(wanted: float, total: int, largest: int, row: int) -> Iterator[Size]:
     # R = total / P tiles of K coefficients: their share of the templates is total * (K / wanted)^2.
     affordable = int(wanted * math.sqrt(MAX_OVERHEAD / total))
     num_templates = max(1, min(TILE_TEMPLATES, affordable))
-    template_size = wanted / num_templates
-    if template_size > 2 * row:
-        template_size = row * round(template_size / row)
     if wanted < total:
-        yield Size(num_templates=num_templates, template_size=max(1, round(template_size)))
+        template_size = max(1, round(wanted / num_templates))
+        yield Size(num_templates=num_templates, template_size=template_size)
