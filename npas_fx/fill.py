@@ -104,12 +104,17 @@ class _Filler:
         bank = self.banks[index]
         size, unit = bank.size, self._unit(bank)
         room = max(self.sites[k].numel for k in bank.sites) - size.template_size
-        if room:  # longer tiles, by a twentieth or by what is left
+        # By a twentieth or by what is left: longer tiles, and more templates once there is one tile
+        # for the largest site.
+        if room:
             affordable = max(1, self.left // unit // size.num_templates)
-            longer = min(room, affordable, max(1, size.template_size // 20))
-            size = replace(size, template_size=size.template_size + longer)
+            more = min(room, affordable, max(1, size.template_size // 20))
+            size = replace(size, template_size=size.template_size + more)
         else:
-            size = replace(size, num_templates=size.num_templates + 1)
+            rows = size.rows([self.sites[k].numel for k in bank.sites])
+            affordable = max(1, self.left // unit // (size.template_size + rows))
+            more = min(affordable, max(1, size.num_templates // 20))
+            size = replace(size, num_templates=size.num_templates + more)
         grown = self._resized(bank, size)
         cost = (grown.parameters - bank.parameters) * unit
         return (grown.price - bank.price) / max(cost, 1e-3), index, grown, cost

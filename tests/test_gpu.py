@@ -2,11 +2,12 @@
 
 import copy
 
-import npas_fx
 import pytest
 import torch
-from npas_fx.examples.wide_resnet import WideResNet
 from torch.nn import functional
+
+import npas_fx
+from npas_fx.examples.wide_resnet import WideResNet
 
 pytestmark = [
     pytest.mark.gpu,
