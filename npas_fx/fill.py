@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -76,6 +77,9 @@ class _Filler:
         """Cost of one parameter in the budgeted resource."""
         return self.sites[bank.sites[0]].dtype.itemsize if self.resource == "bytes" else 1
 
+    def _shapes(self, bank: Candidate) -> list[tuple[int, ...]]:
+        return [self.sites[k].shape for k in bank.sites]
+
     def _resized(self, bank: Candidate, size: Size) -> Candidate:
         generator = self.generators[bank.generator]
         return make_candidate(bank.sites, self.sites, generator, size, self.profile)
@@ -99,39 +103,35 @@ class _Filler:
             self.banks[index] = opened
             self.left -= cost
 
-    def _step(self, index: int) -> tuple[float, int, Candidate, int]:
-        """The next larger size of a bank: its price for each parameter, its place, it, its cost."""
-        bank = self.banks[index]
-        size, unit = bank.size, self._unit(bank)
-        room = max(self.sites[k].numel for k in bank.sites) - size.template_size
-        # By a twentieth or by what is left: longer tiles, and more templates once there is one tile
-        # for the largest site.
-        if room:
-            affordable = max(1, self.left // unit // size.num_templates)
-            more = min(room, affordable, max(1, size.template_size // 20))
-            size = replace(size, template_size=size.template_size + more)
-        else:
-            rows = size.rows([self.sites[k].numel for k in bank.sites])
-            affordable = max(1, self.left // unit // (size.template_size + rows))
-            more = min(affordable, max(1, size.num_templates // 20))
-            size = replace(size, num_templates=size.num_templates + more)
+    def _grow(self, index: int) -> tuple[float, Candidate, int] | None:
+        """The next larger size of a bank that fits: its price for its cost, itself, its cost."""
+        bank, unit = self.banks[index], self._unit(self.banks[index])
+        generator, shapes = self.generators[bank.generator], self._shapes(bank)
+        size = generator.enlarge(shapes, bank.size, self.left // unit)
+        if size is None:
+            return None
         grown = self._resized(bank, size)
         cost = (grown.parameters - bank.parameters) * unit
-        return (grown.price - bank.price) / max(cost, 1e-3), index, grown, cost
+        # Longer tiles are fewer, and fewer coefficients may even save more than they cost.
+        return (grown.price - bank.price) / max(cost, 1e-3), grown, cost
 
     def _enlarge(self) -> None:
         """Make banks larger while that fits, the best price for its cost first."""
-        wavg = [index for index, bank in enumerate(self.banks) if bank.generator == "wavg"]
-        heap = [self._step(index)[:2] for index in wavg]
-        heapq.heapify(heap)
+        heap = [(-math.inf, index) for index in range(len(self.banks))]
         while heap:
             _, index = heapq.heappop(heap)
-            _, _, grown, cost = self._step(index)
-            if cost > self.left or grown.price > self.banks[index].price:
+            step = self._grow(index)
+            if step is None:
+                continue
+            worth, grown, cost = step
+            if heap and worth > heap[0][0]:
+                heapq.heappush(heap, (worth, index))  # others first, by what they are worth now
+                continue
+            if grown.price > self.banks[index].price:
                 continue
             self.banks[index] = grown
             self.left -= cost
-            heapq.heappush(heap, self._step(index)[:2])
+            heapq.heappush(heap, (-math.inf, index))
 
     def _add_partial(self) -> None:
         """Give what is left to the bank in which it costs the least time, then what remains."""
@@ -146,9 +146,7 @@ class _Filler:
             if elements < 1:
                 continue
             size = replace(bank.size, num_partial=elements)
-            generator = self.generators[bank.generator]
-            shapes = [self.sites[k].shape for k in bank.sites]
-            parameters = num_parameters(generator, shapes, size)
+            parameters = num_parameters(self.generators[bank.generator], self._shapes(bank), size)
             self.left -= (parameters - bank.parameters) * self._unit(bank)
             itemsize = self.sites[bank.sites[0]].dtype.itemsize
             self.banks[index] = replace(

@@ -22,6 +22,10 @@ class Dedicated:
         if len(shapes) == 1:
             yield Size(num_templates=1, template_size=math.prod(shapes[0]))
 
+    def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
+        """There is one size only."""
+        return None
+
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """The weight itself."""
         return {"weight": shapes[0]}

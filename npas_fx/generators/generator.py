@@ -50,6 +50,9 @@ class Generator(Protocol):
             above: whether banks larger than their weights are wanted too.
         """
 
+    def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
+        """Find the next larger size that costs at most so many parameters more, if there is one."""
+
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """Name of each trainable tensor that the bank owns -> its shape."""
 

@@ -26,6 +26,10 @@ class Tied:
         if len(shapes) > 1 and len(set(shapes)) == 1:
             yield Size(num_templates=1, template_size=math.prod(shapes[0]))
 
+    def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
+        """There is one size only."""
+        return None
+
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """``templates (1, n)``, ``gain (S,)``, and ``partial (1, r)`` where there is one."""
         return {**mixing.template_shapes(size), "gain": (len(shapes),)}

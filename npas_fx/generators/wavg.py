@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ MAX_TEMPLATES = 16
 TILE_TEMPLATES = 4
 # Coefficients of tiles may cost this share of the templates before fewer templates are taken.
 MAX_OVERHEAD = 0.1
+# Elements of float32 in a cache line. Where a weight starts elsewhere, torch may pick another
+# convolution for it than for the same weight when materialized, and the last bits differ.
+ALIGNMENT = 16
 
 _SHARES_ABOVE = (1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12)
 _SHARES_BELOW = (1, 2 / 3)  # of each power of two
@@ -58,6 +62,21 @@ class WeightedAverage:
             if size.template_size <= largest:
                 yield size
 
+    def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
+        """Make tiles longer by a twentieth or what is affordable; at their longest, add templates.
+
+        One template more costs its elements and a coefficient for each tile.
+        """
+        numels = [math.prod(shape) for shape in shapes]
+        room = max(numels) - size.template_size
+        if room:
+            more = min(room, parameters // size.num_templates, max(1, size.template_size // 20))
+            longer = _align(size.template_size + more, max(numels))
+            return replace(size, template_size=longer) if longer > size.template_size else None
+        affordable = parameters // (size.template_size + size.rows(numels))
+        more = min(affordable, max(1, size.num_templates // 20))
+        return replace(size, num_templates=size.num_templates + more) if more else None
+
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """``templates (K, P)``, ``coefficients (R, K)``, and ``partial (1, r)`` if there is one."""
         coefficients = (mixing.num_rows(shapes, size), size.num_templates)
@@ -82,6 +101,13 @@ def _whole(numel: int, num_templates: int) -> Size:
     return Size(num_templates=num_templates, template_size=numel)
 
 
+def _align(template_size: int, largest: int) -> int:
+    """Shorten long tiles so that each starts at a full cache line, as plain weights do."""
+    if template_size < 16 * ALIGNMENT or template_size >= largest:
+        return template_size
+    return template_size // ALIGNMENT * ALIGNMENT
+
+
 def _tiles(wanted: float, total: int, largest: int) -> Iterator[Size]:
     """Sizes whose templates have about ``wanted`` elements for ``total`` generated ones."""
     if wanted >= 2 * largest:
@@ -93,5 +119,5 @@ def _tiles(wanted: float, total: int, largest: int) -> Iterator[Size]:
     affordable = int(wanted * math.sqrt(MAX_OVERHEAD / total))
     num_templates = max(1, min(TILE_TEMPLATES, affordable))
     if wanted < total:
-        template_size = max(1, round(wanted / num_templates))
+        template_size = _align(max(1, round(wanted / num_templates)), largest)
         yield Size(num_templates=num_templates, template_size=template_size)
