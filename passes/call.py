@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 
 from npas_fx.errors import CaptureError, GuardError
 
@@ -22,12 +22,14 @@ class CallSignature:
     Attributes:
         signature: of the bound ``forward``; the emitted module has the same.
         constants: flat argument name -> the value that it must have.
+        types: flat argument name -> the type that it must have, for inputs where it is known.
         num_varargs: how many positional arguments went into ``*args``.
         varkwargs: names that went into ``**kwargs``.
     """
 
     signature: inspect.Signature
     constants: Mapping[str, Any]
+    types: Mapping[str, type] = field(default_factory=dict)
     num_varargs: int = 0
     varkwargs: tuple[str, ...] = ()
 
@@ -44,19 +46,13 @@ class CallSignature:
                 names.append(parameter.name)
         return tuple(names)
 
-    def rebuild(
-        self, values: Mapping[str, Any], tracer: fx.Tracer
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments of a traced call: proxies, and constants behind a guard node each."""
+    def rebuild(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments of a traced call: traced values, and the constants that ``forward`` guards."""
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
 
         def value(name: str) -> Any:
-            if name not in self.constants:
-                return values[name]
-            expected = self.constants[name]
-            tracer.create_proxy("call_function", check_constant, (values[name], name, expected), {})
-            return expected
+            return self.constants[name] if name in self.constants else values[name]
 
         for parameter in self.signature.parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
@@ -73,8 +69,14 @@ class CallSignature:
         """What the graph was captured for, as plain data; equal exactly for equal calls."""
         return {
             "arguments": [name for name in self.names if name not in self.constants],
-            "constants": {name: repr(value) for name, value in sorted(self.constants.items())},
+            "constants": {name: _describe(v) for name, v in sorted(self.constants.items())},
         }
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (*_CONSTANTS, tuple, list, dict)):
+        return repr(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))  # repr has an address
 
 
 def read_call(
@@ -115,6 +117,7 @@ def read_call(
     except TypeError as err:
         raise CaptureError(f"the example inputs do not fit forward{signature}: {err}") from err
     constants: dict[str, Any] = {}
+    types: dict[str, type] = {}
     num_varargs, varkwargs = 0, ()
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -129,9 +132,18 @@ def read_call(
             given = {}
             constants[name] = parameter.default
         constants.update({key: item for key, item in given.items() if isinstance(item, _CONSTANTS)})
+        types.update({key: _kind(item) for key, item in given.items() if key not in constants})
     return CallSignature(
-        signature=signature, constants=constants, num_varargs=num_varargs, varkwargs=varkwargs
+        signature=signature,
+        constants=constants,
+        types=types,
+        num_varargs=num_varargs,
+        varkwargs=varkwargs,
     )
+
+
+def _kind(value: Any) -> type:
+    return Tensor if isinstance(value, Tensor) else type(value)
 
 
 def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
@@ -143,7 +155,9 @@ def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
 
 def check_constant(value: Any, name: str, expected: Any) -> None:
     """Refuse a call whose argument differs from what the graph was captured for."""
-    if value is expected or (type(value) is type(expected) and value == expected):
+    if value is expected:
+        return
+    if type(value) is type(expected) and not isinstance(value, Tensor) and value == expected:
         return
     raise GuardError(
         f"captured for {name}={expected!r}, called with another value (a {type(value).__name__}); "
@@ -151,9 +165,22 @@ def check_constant(value: Any, name: str, expected: Any) -> None:
     )
 
 
+def _check_type(value: Any, name: str, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise GuardError(
+            f"captured for a {expected.__name__} as {name}, called with a {type(value).__name__}; "
+            f"pass example inputs with such a {name} when the model is transformed"
+        )
+
+
 def make_forward(call: CallSignature, run: Callable[..., Any]) -> Callable[..., Any]:
     """Make a ``forward`` of the captured signature that calls ``run`` with flat arguments."""
-    scope: dict[str, Any] = {"_run": run, "_check_extra": _check_extra}
+    scope: dict[str, Any] = {
+        "_run": run,
+        "_check_extra": _check_extra,
+        "_check_constant": check_constant,
+        "_check_type": _check_type,
+    }
     parameters, flat, checks = ["self"], ["self"], []
     is_keyword_only = False
     positional_only = [p for p in call.signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
@@ -180,10 +207,22 @@ def make_forward(call: CallSignature, run: Callable[..., Any]) -> Callable[..., 
         flat.append(name)
         if positional_only and parameter is positional_only[-1]:
             parameters.append("/")
+    for name, value in zip(call.names, flat[1:], strict=True):
+        if name in call.constants:
+            scope[f"_constant_{name}"] = call.constants[name]
+            checks.append(f"_check_constant({value}, {name!r}, _constant_{name})")
+        elif name in call.types:
+            scope[f"_type_{name}"] = call.types[name]
+            checks.append(f"_check_type({value}, {name!r}, _type_{name})")
     body = "".join(f"    {check}\n" for check in checks)
     source = f"def forward({', '.join(parameters)}):\n{body}    return _run({', '.join(flat)})\n"
     exec(source, scope)
     forward: Callable[..., Any] = scope["forward"]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    # With the annotations, which the generated code does not have.
+    vars(forward)["__signature__"] = call.signature.replace(
+        parameters=[first, *call.signature.parameters.values()]
+    )
     return forward
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
@@ -16,11 +20,16 @@ from npas_fx.errors import CaptureError, RewriteError
 from npas_fx.ir import Inventory, Kept, Site
 from npas_fx.passes.call import CallSignature, read_call
 from npas_fx.passes.lower import lower
-from npas_fx.passes.modes import differing_modules, merge_modes
+from npas_fx.passes.modes import (
+    differing_modules,
+    differs_in_constants,
+    merge_modes,
+    mode_patterns,
+)
 from npas_fx.passes.op_rules.rule import own_hooks
-from npas_fx.passes.roles import find_kind, find_roles
+from npas_fx.passes.roles import find_kind, find_roles, is_question
 from npas_fx.passes.skeleton import make_skeleton, named_tensors
-from npas_fx.passes.tracer import Trace, Tracer, failing_module, source_line
+from npas_fx.passes.tracer import MODULE_FIELDS, Trace, Tracer, failing_module, source_line
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -83,8 +92,12 @@ def capture(
     while True:
         # A fresh copy each time: tracing may leave traced values on the modules.
         work = make_skeleton(skeleton)
-        train = _trace(work, True, call, frozenset(reasons))
-        evaluate = _trace(work, False, call, frozenset(reasons))
+        exposed = _expose_tensors(work)
+        trace = partial(_trace, work, call=call, leaves=frozenset(reasons), exposed=exposed)
+        work.train(True)
+        train = trace("train mode")
+        work.train(False)
+        evaluate = trace("eval mode")
         differing = differing_modules(train, evaluate)
         if "" in differing:
             raise CaptureError(
@@ -95,9 +108,11 @@ def capture(
             break
         reasons.update(dict.fromkeys(differing, "its code differs between train and eval mode"))
     try:
-        merged = merge_modes(train, evaluate)
+        merged = merge_modes(train, evaluate, _trace_mixed(work, train, evaluate, trace))
     except RewriteError as err:
         raise CaptureError(f"{type(model).__name__}: {err}") from err
+    assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
+    call = replace(call, types={**call.types, **assumed})
     graph, leaves = lower(merged, skeleton)
     leaves.update({path: reason for path, reason in reasons.items() if path in leaves})
     inventory = _take_inventory(graph, leaves, skeleton, model)
@@ -106,13 +121,40 @@ def capture(
         inventory=inventory,
         call=call,
         leaves=leaves,
-        constants=_find_constants(graph, work),
+        constants=_find_constants(graph, work, skeleton),
         skeleton=skeleton,
     )
 
 
-def _find_constants(graph: fx.Graph, traced: nn.Module) -> dict[str, Tensor]:
-    owned = {name for name, _ in named_tensors(traced)}
+def _trace_mixed(
+    work: nn.Module, train: Trace, evaluate: Trace, trace: Callable[[str], Trace]
+) -> Sequence[tuple[Mapping[str, bool], fx.Graph]]:
+    """Trace with some of the modules in train mode, to see whose flag each constant depends on."""
+    if not differs_in_constants(train, evaluate):
+        return []
+    work.train(True)
+    traced = []
+    for flags in mode_patterns(train.asked_training | evaluate.asked_training):
+        for path, flag in flags.items():
+            work.get_submodule(path).training = flag
+        traced.append((flags, trace("a mixed mode").graph))
+    return traced
+
+
+def _expose_tensors(work: nn.Module) -> frozenset[str]:
+    """Make plain tensor attributes buffers, so that what is done with them is recorded."""
+    exposed = set()
+    for path, module in work.named_modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                del vars(module)[name]
+                module.register_buffer(name, value, persistent=False)
+                exposed.add(f"{path}.{name}" if path else name)
+    return frozenset(exposed)
+
+
+def _find_constants(graph: fx.Graph, traced: nn.Module, skeleton: nn.Module) -> dict[str, Tensor]:
+    owned = {name for name, _ in named_tensors(skeleton)}
     paths = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - owned
     values = {path: operator.attrgetter(path)(traced) for path in sorted(paths)}
     return {path: value.detach() for path, value in values.items() if isinstance(value, Tensor)}
@@ -135,6 +177,8 @@ def _refuse_wrapped(model: object) -> None:
             raise CaptureError(
                 f"{name} is uninitialised (a lazy module); run the model once on an example first"
             )
+    _refuse_closures(model)
+    _refuse_shared_memory(model)
     hook = own_hooks(model)
     if hook:
         raise CaptureError(
@@ -143,39 +187,109 @@ def _refuse_wrapped(model: object) -> None:
         )
 
 
-def _trace(work: nn.Module, mode: bool, call: CallSignature, leaves: frozenset[str]) -> Trace:
-    work.train(mode)
-    tracer = Tracer(call, leaves)
-    before = _plain_attributes(work)
+def _refuse_closures(model: nn.Module) -> None:
+    modules = set(model.modules())
+    for path, module in model.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and not (isinstance(own, MethodType) and own.__self__ in modules):
+            raise CaptureError(
+                f"{path or type(model).__name__!r} has a forward of its own, which a copy of the "
+                "module cannot follow; write it as a subclass, or as types.MethodType(f, module)"
+            )
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    first: dict[int, str] = {}
+    for name, tensor in named_tensors(model):
+        if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+            continue
+        other = first.setdefault(tensor.data_ptr(), name)
+        if other != name and isinstance(operator.attrgetter(other)(model), nn.Parameter):
+            raise CaptureError(
+                f"{name} and {other} are two tensors over the same memory; tie them by assigning "
+                "one Parameter to both, or give each its own"
+            )
+
+
+def _trace(
+    work: nn.Module, mode: str, call: CallSignature, leaves: frozenset[str], exposed: frozenset[str]
+) -> Trace:
+    before = _state(work)
+    trace = _trace_once(work, mode, call, leaves, exposed)
+    left = _state(work)
+    if left == before:
+        return trace
+    # What a call leaves on its modules is harmless only where no later call reads it.
+    again = _trace_once(work, mode, call, leaves, exposed)
+    now = _state(work)
+    changed = [key for key in left.keys() | now.keys() if left.get(key) != now.get(key)]
+    path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
+    if name:
+        raise CaptureError(
+            f"{path or type(work).__name__!r} changes its own attribute {name!r} at each call, "
+            "which a graph would not; keep it in a buffer, or outside forward"
+        )
+    if changed:
+        raise CaptureError(
+            f"{type(work).__name__} makes a tensor while it runs that a graph would make only once "
+            "(from a parameter or tensor in a list or global, or by torch.FloatTensor or alike); "
+            "keep it in a buffer, or make it with torch.tensor"
+        )
+    if str(again.graph) != str(trace.graph):
+        raise CaptureError(
+            f"{type(work).__name__} reads what an earlier call left on it, which a graph would "
+            "not; keep it in a buffer, or pass it as an argument"
+        )
+    return trace
+
+
+_CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors that it finds
+
+
+def _trace_once(
+    work: nn.Module, mode: str, call: CallSignature, leaves: frozenset[str], exposed: frozenset[str]
+) -> Trace:
+    tracer = Tracer(call, leaves, exposed)
     try:
-        trace = tracer.trace_mode(work)
+        return tracer.trace_mode(work)
     except Exception as err:
         path = failing_module(tracer)
         module = work.get_submodule(path)
         where = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
         line = source_line(err)
         raise CaptureError(
-            f"{where} cannot be traced in {'train' if mode else 'eval'} mode: "
+            f"{where} cannot be traced in {mode}: "
             f"{str(err) or type(err).__name__}{f' [{line}]' if line else ''}"
         ) from err
-    after = _plain_attributes(work)
-    for key in before.keys() & after.keys():
-        if before[key] != after[key]:
-            path, name = key
-            raise CaptureError(
-                f"{path or type(work).__name__!r} changes its own attribute {name!r} at each call, "
-                "which a graph would not; keep it in a buffer, or outside forward"
-            )
-    return trace
 
 
-def _plain_attributes(root: nn.Module) -> dict[tuple[str, str], object]:
+def _state(root: nn.Module) -> dict[tuple[str, str], object]:
+    """What the modules keep in their attributes, in a form that can be compared later."""
     return {
-        (path, name): value
+        (path, name): _summary(value)
         for path, module in root.named_modules()
         for name, value in vars(module).items()
-        if type(value) in (bool, int, float, str)
+        if name not in MODULE_FIELDS
     }
+
+
+def _summary(value: object, depth: int = 0) -> object:
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+        return repr(value)  # NaN differs from itself
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state())
+    if isinstance(value, (Mapping, list, tuple, set, frozenset, deque)) and depth < 5:
+        items = value.items() if isinstance(value, Mapping) else value
+        return type(value), [_summary(item, depth + 1) for item in items]
+    return type(value)
 
 
 def _take_inventory(
@@ -183,7 +297,7 @@ def _take_inventory(
 ) -> Inventory:
     reads_of: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not all(map(is_question, node.users)):
             reads_of[str(node.target)].append(node)
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
@@ -227,7 +341,7 @@ def _take_inventory(
             kind=find_kind(reads_of[name]),
             role=roles[name][0],
             depth=roles[name][1],
-            uses=sum(len(read.users) for read in reads_of[name]),
+            uses=sum(not is_question(user) for read in reads_of[name] for user in read.users),
         )
         for parameter in candidates
         for name, *aliases in [names_of[id(parameter)]]

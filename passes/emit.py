@@ -141,9 +141,8 @@ def _new_module(name: str, graph: fx.Graph, call: CallSignature) -> EmittedModul
     scope: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     run: Callable[..., Any] = scope["forward"]
-    kind = type(
-        name, (EmittedModule,), {"forward": make_forward(call, run), "__module__": __name__}
-    )
+    members = {"forward": make_forward(call, run), "__module__": __name__}
+    kind = type(f"Shared{name}", (EmittedModule,), members)
     module: EmittedModule = kind()
     return module
 

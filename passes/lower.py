@@ -22,7 +22,7 @@ def lower(
     Args:
         graph: of ``root``; it is not changed.
         root: the model; a module is lowered only if its class is exactly that of a rule and it has
-            no hooks.
+            no hooks and no ``forward`` of its own.
         rules: class of module -> its rule.
 
     Returns:
@@ -39,9 +39,9 @@ def lower(
         if rule is None:
             stays[call.target] = _why_call(module)
             continue
-        hook = own_hooks(module)
-        if hook:
-            stays[call.target] = f"{type(module).__name__} with a {hook}"
+        own = "forward of its own" if "forward" in vars(module) else own_hooks(module)
+        if own:
+            stays[call.target] = f"{type(module).__name__} with a {own}"
             continue
 
         def read(name: str, call: fx.Node = call, module: nn.Module = module) -> fx.Node | None:

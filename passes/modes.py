@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -43,59 +43,108 @@ def is_inside(path: str, parent: str) -> bool:
     return not parent or path == parent or path.startswith(f"{parent}.")
 
 
-def merge_modes(train: Trace, evaluate: Trace) -> fx.Graph:
+def differs_in_constants(train: Trace, evaluate: Trace) -> bool:
+    """Whether the graphs of two modes of equal structure differ in anything."""
+    return str(train.graph) != str(evaluate.graph)
+
+
+def mode_patterns(asked: frozenset[str]) -> list[dict[str, bool]]:
+    """Patterns of training flags by which a constant shows whose flag it depends on.
+
+    Each path has a number of its own; a pattern is one bit of all numbers, or its complement. A
+    constant that depends on two flags at once follows the number of neither. In the first pattern
+    no flag is set: a constant that then keeps its value depends on none.
+    """
+    paths = sorted(asked)
+    if not paths:
+        return []
+    bits = range((len(paths) - 1).bit_length())
+    return [dict.fromkeys(paths, False)] + [
+        {path: bool(number >> bit & 1) is is_plain for number, path in enumerate(paths)}
+        for bit in bits
+        for is_plain in (True, False)
+    ]
+
+
+def merge_modes(
+    train: Trace,
+    evaluate: Trace,
+    mixed: Sequence[tuple[Mapping[str, bool], fx.Graph]] = (),
+) -> fx.Graph:
     """Merge two graphs that differ in constants only: these read the flag of the owning module.
 
     Before ``dropout(x, p=0.1, training=True)``; after ``flag = get_attr[block.training]``,
-    ``value = choose(flag, True, False)``, ``dropout(x, p=0.1, training=value)``. A constant belongs
-    to the innermost module around it whose ``training`` flag was read while tracing.
+    ``value = choose(flag, True, False)``, ``dropout(x, p=0.1, training=value)``.
+
+    Args:
+        train: the trace of train mode.
+        evaluate: the trace of eval mode.
+        mixed: training flags by the ``mode_patterns`` of the modules whose flag was read -> the
+            graph that was traced with them.
 
     Raises:
-        RewriteError: the graphs differ in more than constants.
+        RewriteError: the graphs differ in more than constants, or a constant depends on the flags
+            of more than one module.
     """
     merged = copy.deepcopy(train.graph)
-    asked = train.asked_training | evaluate.asked_training
-    if len(merged.nodes) != len(evaluate.graph.nodes):
+    asked = sorted(train.asked_training | evaluate.asked_training)
+    graphs = (merged, evaluate.graph, *(graph for _, graph in mixed))
+    if len({len(graph.nodes) for graph in graphs}) > 1:
         raise RewriteError("train and eval mode differ in their number of operations")
-    counterpart = dict(zip(merged.nodes, evaluate.graph.nodes, strict=True))
+    counterparts = {nodes[0]: nodes for nodes in zip(*(g.nodes for g in graphs), strict=True)}
     flags: dict[str, fx.Node] = {}
     first = next(node for node in merged.nodes if node.op != "placeholder")
-    for node, other in counterpart.items():
 
-        def read(train_value: Any, eval_value: Any, node: fx.Node = node) -> fx.Node:
-            owner = _owner(node, asked)
-            if owner not in flags:
-                with merged.inserting_before(first):
-                    flags[owner] = merged.get_attr(f"{owner}.training" if owner else "training")
-            with merged.inserting_before(node):
-                return merged.call_function(choose, (flags[owner], train_value, eval_value))
+    def owner(node: fx.Node, values: Sequence[Any]) -> str:
+        is_train = [_same(value, values[0]) for value in values[2:]]
+        if all(is_train):  # no flag decides: what does is set by train() itself
+            return _innermost(node)
+        followed = [path for path in asked if is_train == [flag[path] for flag, _ in mixed]]
+        if len(followed) != 1 or not all(
+            is_train[k] or _same(value, values[1]) for k, value in enumerate(values[2:])
+        ):
+            raise RewriteError(
+                f"a constant of {node.format_node()} depends on the training flags of more than "
+                "one module"
+            )
+        return followed[0]
 
-        def merge(a: Any, b: Any, node: fx.Node = node, read: Any = read) -> Any:
+    for node, others in counterparts.items():
+
+        def merge(values: Sequence[Any], node: fx.Node = node) -> Any:
+            a = values[0]
             if isinstance(a, fx.Node):
-                if counterpart[a] is not b:
+                if counterparts[a] != tuple(values):
                     raise RewriteError(f"train and eval mode differ at {node.format_node()}")
                 return a
             if isinstance(a, (tuple, list)):
-                items = [merge(x, y) for x, y in zip(a, b, strict=True)]
+                items = [merge(items) for items in zip(*values, strict=True)]
                 return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
             if isinstance(a, Mapping):
-                return {key: merge(value, b[key]) for key, value in a.items()}
+                return {key: merge([value[key] for value in values]) for key in a}
             if isinstance(a, slice):
-                return slice(merge(a.start, b.start), merge(a.stop, b.stop), merge(a.step, b.step))
-            return a if _same(a, b) else read(a, b)
+                parts = [(value.start, value.stop, value.step) for value in values]
+                return slice(*map(merge, zip(*parts, strict=True)))
+            if all(_same(a, value) for value in values[1:]):
+                return a
+            path = owner(node, values)
+            if path not in flags:
+                with merged.inserting_before(first):
+                    flags[path] = merged.get_attr(f"{path}.training" if path else "training")
+            with merged.inserting_before(node):
+                return merged.call_function(choose, (flags[path], a, values[1]))
 
-        if (node.op, node.target) != (other.op, other.target):
+        if len({(other.op, other.target) for other in others}) > 1:
             raise RewriteError(f"train and eval mode differ at {node.format_node()}")
-        node.args = merge(node.args, other.args)
-        node.kwargs = merge(node.kwargs, other.kwargs)
+        node.args = merge([other.args for other in others])
+        node.kwargs = merge([other.kwargs for other in others])
     merged.lint()
     return merged
 
 
-def _owner(node: fx.Node, asked: frozenset[str]) -> str:
+def _innermost(node: fx.Node) -> str:
     stack: list[str] = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
-    asked_here = [path for path in stack if path in asked]
-    return (asked_here or stack)[-1]
+    return stack[-1]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -14,6 +14,11 @@ _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CONVS = {functional.conv1d, functional.conv2d, functional.conv3d}
 
 
+def is_question(node: fx.Node) -> bool:
+    """Whether an operation asks a tensor for its device or alike, and uses none of its values."""
+    return node.target is getattr and node.args[1] in ("device", "dtype", "shape", "is_cuda")
+
+
 def find_kind(reads: Sequence[fx.Node]) -> str:
     """Name the operation that reads a weight: ``linear``, ``conv``, ``embedding`` or ``raw``."""
     targets = [user.target for read in reads for user in read.users if user.op == "call_function"]
@@ -60,6 +65,7 @@ class _Roles:
             sources = node.all_input_nodes
             weights = [name for source in sources for name in constant.get(source, [])]
             if node.op == "get_attr" or (sources and all(s in constant for s in sources)):
+                weights = [] if is_question(node) else weights
                 constant[node] = weights + ([read[node]] if node in read else [])
                 continue
             self.before[node] = self.depth[node] = 0
@@ -92,6 +98,17 @@ class _Roles:
             is_longer = self.depth[branch] >= self.depth[other]
             self.writers.setdefault(last, "residual_writer" if is_longer else "shortcut")
             self.streams.add(node)
+            if not self.before[other] & ~self.before[branch]:  # the branch starts from it
+                self._note_stream(other)
+
+    def _note_stream(self, node: fx.Node) -> None:
+        """Note a value and those that it was made from without weights, back to a weight's."""
+        sources = [node]
+        while len(sources) == 1:
+            self.streams.add(sources[0])
+            if sources[0] in self.applied:
+                return
+            sources = [source for source in sources[0].all_input_nodes if source in self.depth]
 
     def _last_operation(self, node: fx.Node) -> fx.Node | None:
         """Walk back from a value through norms, activations and alike to the last weight."""
@@ -104,9 +121,11 @@ class _Roles:
 
     def _reads_stream(self, node: fx.Node) -> bool:
         sources = [source for source in node.all_input_nodes if source in self.depth]
-        while len(sources) == 1 and sources[0] not in self.applied:
+        while len(sources) == 1:
             if sources[0] in self.streams:
                 return True
+            if sources[0] in self.applied:
+                return False
             sources = [source for source in sources[0].all_input_nodes if source in self.depth]
         return False
 

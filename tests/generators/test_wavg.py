@@ -1,0 +1,66 @@
+"""Weighted averages: sizes that are proposed, and coefficients that start orthonormal."""
+
+import math
+
+import pytest
+import torch
+
+from npas_fx.generators import GENERATORS, Moments
+from npas_fx.generators.generator import num_parameters
+from npas_fx.ir import Size
+
+WAVG = GENERATORS["wavg"]
+GROUPS = [
+    ((8, 8),) * 4,
+    ((8, 8),),
+    ((8, 8), (4, 16)),
+    ((8, 8), (3, 5, 2), (1, 2)),
+    ((16, 3, 3, 3), (32, 16, 3, 3)),
+    ((2, 2), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("shapes", GROUPS, ids=str)
+@pytest.mark.parametrize("above", [False, True])
+def test_proposals_are_valid_distinct_and_ordered(shapes, above):
+    sizes = list(WAVG.propose(shapes, above=above))
+    assert sizes
+    assert len(set(sizes)) == len(sizes)
+    largest = max(map(math.prod, shapes))
+    assert all(s.num_templates >= 1 and 1 <= s.template_size <= largest for s in sizes)
+    assert all(s.num_partial == 0 for s in sizes)
+
+
+@pytest.mark.parametrize("shapes", GROUPS[:5], ids=str)
+def test_proposals_reach_far_down(shapes):
+    total = sum(map(math.prod, shapes))
+    smallest = min(num_parameters(WAVG, shapes, s) for s in WAVG.propose(shapes, above=False))
+    assert smallest <= max(4 * math.sqrt(total), total / 2)
+
+
+def test_more_than_the_weights_only_where_it_is_wanted():
+    shapes = ((16, 16),) * 4
+    total = sum(map(math.prod, shapes))
+    below = {num_parameters(WAVG, shapes, s) for s in WAVG.propose(shapes, above=False)}
+    above = {num_parameters(WAVG, shapes, s) for s in WAVG.propose(shapes, above=True)}
+    assert max(below) <= total < max(above)
+
+
+def test_coefficients_start_orthonormal_where_they_can():
+    random = torch.Generator().manual_seed(0)
+    shapes = ((4, 4),) * 3
+    moments = [Moments(mean=0.0, std=1.0)] * 3
+    for count in (3, 5):
+        size = Size(num_templates=count, template_size=16)
+        rows = WAVG.birth(shapes, size, moments, random)["coefficients"]
+        torch.testing.assert_close(rows @ rows.T, torch.eye(3), atol=1e-5, rtol=0)
+    rows = WAVG.birth(shapes, Size(num_templates=2, template_size=16), moments, random)
+    torch.testing.assert_close(rows["coefficients"].norm(dim=1), torch.ones(3))
+
+
+def test_tiles_of_one_template_differ():
+    shapes, size = ((4, 4),), Size(num_templates=1, template_size=4)
+    moments = [Moments(mean=0.0, std=1.0)]
+    tensors = WAVG.birth(shapes, size, moments, torch.Generator().manual_seed(0))
+    (weight,) = WAVG.generate(tensors, shapes, size)
+    assert len({round(row.norm().item(), 5) for row in weight}) == 4

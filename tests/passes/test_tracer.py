@@ -1,0 +1,641 @@
+"""What Python and torch hide from plain symbolic tracing is either right or refused."""
+
+import builtins
+import collections
+import dataclasses
+import math
+import random
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import npas_fx
+from npas_fx.passes.capture import capture
+from npas_fx.passes.tracer import _FACTORIES
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b = nn.Linear(6, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def pre(self, x):
+        return self.a(x).relu()
+
+    def run(self, x):
+        return self.b(self.pre(x))
+
+
+def net(forward, **attributes):
+    model = type("Model", (Net,), {"forward": forward})()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def x():
+    return torch.randn(3, 4)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 7
+
+
+class Named(collections.namedtuple("Named", ["y", "z"])):
+    pass
+
+
+class Output(collections.OrderedDict):
+    pass
+
+
+@dataclasses.dataclass
+class Record:
+    y: Tensor
+    n: int = 3
+
+
+MODULE_CONSTANT = torch.arange(4.0)
+
+
+def is_tensor_by_isinstance(self, x):
+    return self.run(x) if isinstance(x, Tensor) else x
+
+
+def is_tensor_by_union(self, x):
+    return self.run(x) if isinstance(x, Tensor | list) else x
+
+
+def is_tensor_by_torch(self, x):
+    return self.run(x) if torch.is_tensor(x) else x
+
+
+def number_of_rows_is_an_int(self, x):
+    rows = x.shape[0]
+    return self.run(x).reshape((rows, 4) if isinstance(rows, int) else rows)
+
+
+def shape_is_a_size(self, x):
+    return self.run(x) if isinstance(x.shape, torch.Size) and isinstance(x.shape, tuple) else x
+
+
+def is_no_tuple(self, x):
+    y = self.run(x)
+    return y[0] if isinstance(y, (tuple, list)) else y
+
+
+def alias_sees_in_place(self, x):
+    y = self.pre(x) + 0
+    alias = y
+    y += 1
+    y *= 2
+    return self.b(alias)
+
+
+def buffer_iadd(self, x):
+    self.count += 1
+    return self.run(x) * self.count
+
+
+def buffer_add(self, x):
+    self.count.add_(1)
+    return self.run(x) * self.count
+
+
+def buffer_copy(self, x):
+    self.count.copy_(x.detach().mean())
+    return self.run(x) * self.count
+
+
+def torch_rand(self, x):
+    return self.run(x) + torch.rand(4) + torch.randn_like(x)
+
+
+def zeros_of_shape(self, x):
+    return self.run(x) + torch.zeros(x.shape[0], 4) + torch.arange(4, device=x.device)
+
+
+def set_items(self, x):
+    y = self.pre(x) + 0
+    y[0] = 1.0
+    y[:, 1] += x[:, 0]
+    y[..., -1:] *= 2
+    return self.b(y)
+
+
+def unpacks_shape(self, x):
+    rows, columns = x.shape
+    return self.run(x).view(rows, columns)
+
+
+_SOURCE = """
+def asserts(self, x):
+    assert x.shape[1] == 4
+    assert x.dim() == 2, "two dimensions"
+    return self.run(x)
+"""
+exec(compile(_SOURCE, "model.py", "exec"))  # pytest would rewrite assertions of this file
+asserts = globals()["asserts"]
+
+
+def math_of_sizes(self, x):
+    return self.run(x) / math.sqrt(x.shape[-1]) + math.sqrt(self.a.weight.shape[0])
+
+
+def modules_made_in_forward(self, x):
+    return nn.Dropout(0.3)(nn.Softmax(dim=1)(self.run(x)))
+
+
+def tensor_from_numbers(self, x):
+    return self.run(x) + torch.tensor([1.0, 2, 3, 4])
+
+
+def module_constant(self, x):
+    return self.run(x) + MODULE_CONSTANT
+
+
+def attribute_constant(self, x):
+    return self.run(x) + self.constant * 2 + self.constant.to(x.dtype)
+
+
+def attribute_changed_in_place(self, x):
+    self.constant.add_(1)
+    return self.run(x) * self.constant
+
+
+def write_only_state(self, x):
+    self.last = self.pre(x)
+    self.constant = self.last  # a tensor before
+    return self.b(self.last)
+
+
+def number_cached_at_first_call(self, x):
+    if not hasattr(self, "scale"):
+        self.scale = 0.5
+    return self.run(x) * self.scale
+
+
+def device_of_parameters(self, x):
+    device = next(self.parameters()).device
+    return self.run(x.to(next(self.parameters()).dtype)) + torch.arange(4, device=device)
+
+
+def norm_of_parameters(self, x):
+    return self.run(x) + sum(p.pow(2).sum() for p in self.parameters())
+
+
+def asks_for_attributes(self, x):
+    y = self.run(x)
+    y = y if hasattr(y, "shape") else y * 3
+    return y.logits if hasattr(y, "logits") else y * 2
+
+
+def output_named_tuple(self, x):
+    y = self.run(x)
+    return Named(y, [x, {"k": (y, 1, None)}])
+
+
+def output_ordered_dict(self, x):
+    return collections.OrderedDict(z=self.run(x), y=x)
+
+
+def output_own_dict(self, x):
+    return Output(y=self.run(x), n={"inner": Output(x=x)})
+
+
+def output_dataclass(self, x):
+    return [Record(self.run(x)), Record(x, n=4)]
+
+
+def inlined_checkpoint(self, x):
+    return self.b(checkpoint(self.pre, x, use_reentrant=False))
+
+
+def list_of_parameters(self, x):
+    return self.b(F.linear(self.run(x), self.hidden[0]))
+
+
+def infinities(self, x):
+    y = self.run(x)
+    return (
+        y.masked_fill(x > 0, float("-inf")).softmax(-1).nan_to_num(nan=0.0) + y[..., None, :].sum()
+    )
+
+
+RIGHT = [
+    *(is_tensor_by_isinstance, is_tensor_by_union, is_tensor_by_torch, number_of_rows_is_an_int),
+    *(shape_is_a_size, is_no_tuple, alias_sees_in_place, buffer_iadd, buffer_add, buffer_copy),
+    *(torch_rand, zeros_of_shape, set_items, unpacks_shape, asserts, math_of_sizes),
+    *(modules_made_in_forward, tensor_from_numbers, module_constant, attribute_constant),
+    *(attribute_changed_in_place, write_only_state, number_cached_at_first_call),
+    *(device_of_parameters, norm_of_parameters, asks_for_attributes, output_named_tuple),
+    *(output_ordered_dict, output_own_dict, output_dataclass, infinities),
+]
+
+
+@pytest.mark.parametrize("forward", RIGHT, ids=lambda f: f.__name__)
+def test_is_right(forward, check):
+    check(net(forward, constant=torch.ones(4)), x(), others=((torch.randn(5, 4),),))
+
+
+@pytest.mark.parametrize("forward", [inlined_checkpoint, list_of_parameters])
+def test_is_right_where_functional_call_is_not(forward, check):
+    model = net(forward)
+    model.hidden = [model.a.weight]
+    check(model, x(), by_copy=True)
+
+
+def test_a_parameter_is_a_parameter(check):
+    def forward(self, x):
+        return self.run(x) * (2 if isinstance(self.a.weight, nn.Parameter) else 3)
+
+    model = net(forward)
+    emitted = npas_fx.transform(model, 1.0, example_inputs=x(), solver="greedy")
+    value = x()
+    assert torch.equal(emitted(value), model(value))
+
+
+def no_grad(self, x):
+    with torch.no_grad():
+        y = self.pre(x)
+    return self.b(y)
+
+
+def enable_grad(self, x):
+    with torch.enable_grad():
+        return self.run(x)
+
+
+def autocast_on(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.run(x)
+
+
+def autocast_off(self, x):
+    with torch.autocast("cpu", enabled=False):
+        return self.run(x)
+
+
+def set_grad_enabled(self, x):
+    torch.set_grad_enabled(False)
+    return self.run(x)
+
+
+def branches(self, x):
+    return self.run(x) if x.sum() > 0 else x
+
+
+def branches_on_shape(self, x):
+    return self.run(x) if x.shape[0] > 2 else x
+
+
+def swallows_the_refusal(self, x):
+    try:
+        if x.sum() > 0:
+            x = x + 1
+    except Exception:
+        x = x * 1
+    return self.run(x)
+
+
+def swallows_a_number(self, x):
+    try:
+        scale = float(x.sum())
+    except Exception:
+        scale = 1.0
+    return self.run(x) * scale
+
+
+def loops(self, x):
+    return sum(row for row in self.run(x))
+
+
+def length(self, x):
+    return self.run(x) * len(x)
+
+
+def dtype_in_a_set(self, x):
+    return self.run(x) * (2 if x.dtype in {torch.float32} else 1)
+
+
+def dtype_as_text(self, x):
+    return self.run(x) * (2 if str(x.dtype) == "torch.float32" else 1)
+
+
+def type_of_an_unknown(self, x):
+    y = self.run(x).max(dim=1)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def type_of_a_recurrent_output(self, x):
+    y = self.recurrent(self.run(x)[None])
+    return y[0] if isinstance(y, tuple) else y
+
+
+def assigns_data(self, x):
+    self.count.data = self.count + 1
+    return self.run(x) * self.count
+
+
+def assigns_requires_grad(self, x):
+    x.requires_grad = True
+    return self.run(x)
+
+
+def rebinds_a_buffer(self, x):
+    self.count = self.count + 1
+    return self.run(x) * self.count
+
+
+def custom_function(self, x):
+    return self.b(Double.apply(self.pre(x)))
+
+
+def python_random(self, x):
+    return self.run(x) * random.random()
+
+
+def numpy_random(self, x):
+    return self.run(x) * np.random.rand()
+
+
+def own_generator(self, x):
+    return self.run(x) * (1 if self.generator.random() < 2 else 0)
+
+
+def seeds(self, x):
+    torch.manual_seed(12345)
+    return self.run(x) + torch.rand(4)
+
+
+def unregistered_module(self, x):
+    return self.run(self.hidden[0](x))
+
+
+def weights_made_in_forward(self, x):
+    return self.run(nn.Linear(4, 4)(x))
+
+
+def reads_back(self, x):
+    y = self.pre(x)
+    if self.previous is not None:
+        y = y + self.previous
+    self.previous = y
+    return self.b(y)
+
+
+def reads_back_in_train_mode_only(self, x):
+    scale = 1.0 if self.previous is None else 2.0
+    if self.training:
+        self.previous = x
+    return self.run(x) * (scale if self.training else 1.0)
+
+
+def counts(self, x):
+    self.calls = self.calls + 1
+    return self.run(x) * self.calls
+
+
+def counts_in_a_dict(self, x):
+    self.calls_of["x"] += 1
+    return self.run(x) * self.calls_of["x"]
+
+
+def appends(self, x):
+    self.hidden.append(self.pre(x))
+    return self.b(self.hidden[-1])
+
+
+def float_tensor(self, x):
+    return self.run(x) + torch.FloatTensor([1, 2, 3, 4])
+
+
+def computes_with_hidden_parameter(self, x):
+    return self.b(self.run(x) @ self.weights[0].t())
+
+
+def type_as_argument(self, x):
+    return self.run(x.type(torch.FloatTensor))
+
+
+def star(self, x):
+    return self.run(torch.cat([*x.chunk(2, 1)], 1))
+
+
+def torch_generator(self, x):
+    return self.run(x) + torch.rand(4, generator=self.torch_generator)
+
+
+def outputs_a_set(self, x):
+    return {self.run(x)}
+
+
+def branches_on_a_weight(self, x):
+    return self.run(x) if self.a.weight.sum() > 0 else x
+
+
+REFUSED = {
+    torch_generator: "hands a Generator to a traced operation",
+    outputs_a_set: "hands a set to a traced operation",
+    branches_on_a_weight: "forward branches on a value",
+    no_grad: "'a' .Linear. .* switches gradients or autocast",
+    enable_grad: "switches gradients or autocast",
+    autocast_on: "switches gradients or autocast",
+    autocast_off: "switches gradients or autocast",
+    set_grad_enabled: "switches gradients or autocast",
+    branches: "Model cannot be traced in train mode: forward branches on a value .*test_tracer",
+    branches_on_shape: "forward branches on a value",
+    swallows_the_refusal: "forward branches on a value",
+    swallows_a_number: "Python number",
+    loops: "loops over a value",
+    length: r"len\(\) of a traced value",
+    dtype_in_a_set: "a traced dtype up in a set",
+    dtype_as_text: "the text of a traced dtype",
+    type_of_an_unknown: "type of a value that is not known",
+    type_of_a_recurrent_output: "type of a value that is not known",
+    assigns_data: "attribute 'data' of a traced value",
+    assigns_requires_grad: "attribute 'requires_grad'",
+    rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
+    custom_function: "autograd.Function Double",
+    python_random: "random numbers in Python",
+    numpy_random: "random numbers in Python",
+    own_generator: "own attribute 'generator' at each call",
+    seeds: "random numbers",
+    unregistered_module: "a Linear with weights is called but is no submodule",
+    weights_made_in_forward: "makes a parameter, or a module with weights",
+    reads_back: "an earlier call left on the module",
+    reads_back_in_train_mode_only: "what an earlier call left on it",
+    counts: "'Model' changes its own attribute 'calls'",
+    counts_in_a_dict: "changes its own attribute 'calls_of'",
+    appends: "changes its own attribute 'hidden'",
+    float_tensor: "makes a tensor while it runs",
+    computes_with_hidden_parameter: "makes a tensor while it runs",
+    type_as_argument: "hands a tensortype to a traced operation",
+    star: "unpacks it with a star",
+}
+
+
+def _restored():
+    return (
+        *(builtins.isinstance, torch.is_tensor, nn.Module.parameters, nn.Module.__setattr__),
+        *(nn.Module.__call__, nn.Module.__getattr__, "training" in vars(nn.Module)),
+        *(vars(torch.autograd.Function).get("apply"), torch.no_grad.__enter__),
+        *(torch.autocast.__exit__, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
+        *(getattr(torch, name) for name in _FACTORIES),
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"), REFUSED.items(), ids=lambda v: getattr(v, "__name__", "")
+)
+def test_is_refused_with_the_reason(forward, words, refuses):
+    model = net(forward, previous=None, calls=0, calls_of={"x": 0}, generator=random.Random(0))
+    model.hidden = [nn.Linear(4, 4)]
+    model.weights = [model.a.weight]
+    model.recurrent = nn.LSTM(4, 4)
+    model.torch_generator = torch.Generator()
+    before = _restored()
+    refuses(model, x(), match=words)
+    assert _restored() == before
+    assert model.hidden[0].weight.is_leaf
+    assert len(model.hidden) == 1
+
+
+def test_patches_are_undone_after_a_capture():
+    before = _restored()
+    capture(net(lambda self, x: F.dropout(self.run(x), training=self.training)))
+    assert _restored() == before
+
+
+def test_a_numpy_generator_is_refused(refuses):
+    model = net(lambda self, x: self.run(x) * self.noise.random())
+    model.noise = np.random.default_rng(0)
+    refuses(model, x(), match="own attribute 'noise'")
+
+
+def test_inputs_are_of_the_types_in_the_example(check):
+    def forward(self, x, extra=None):
+        if isinstance(x, (list, tuple)):
+            x = torch.cat([x[0], x[1]])
+        if isinstance(extra, dict):
+            x = x + extra["y"]
+        return self.run(x)
+
+    check(net(forward), [x(), x()], kwargs={"extra": {"y": torch.randn(4)}})
+    check(net(forward), x())
+
+
+def test_without_an_example_inputs_are_tensors(check):
+    check(net(is_tensor_by_isinstance), x(), example=False)
+
+
+def test_assertions_hold_in_the_emitted_module():
+    emitted = npas_fx.transform(net(asserts), 1.0, example_inputs=x(), solver="greedy")
+    with pytest.raises(AssertionError, match=r"assertion at model\.py:3"):
+        emitted(torch.randn(3, 2, 4))
+
+
+def test_random_numbers_are_fresh_at_each_call():
+    model = net(lambda self, x: torch.rand(4) + 0 * self.run(x))
+    emitted = npas_fx.transform(model, 1.0, example_inputs=x(), solver="greedy")
+    value = x()
+    assert not torch.equal(emitted(value), emitted(value))
+
+
+def test_lazily_and_unusually_owned_modules_are_refused(refuses):
+    with pytest.raises(npas_fx.CaptureError, match=r"0\.weight is uninitialised"):
+        capture(nn.Sequential(nn.LazyLinear(3)))
+
+    def forward(self, x):
+        return self.run(self.hand(x, self.a))
+
+    class Hand(nn.Module):
+        def forward(self, x, module):
+            return x
+
+    refuses(net(forward, hand=Hand()), x(), match="'hand' .Hand. .*hands a module .a Linear.")
+
+
+def test_a_module_that_hides_weights_is_no_leaf(check):
+    class Residual(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return x + self.function(x)
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def run(self, x):
+            return self.linear(x)
+
+    inner = Inner()
+    model = net(lambda self, x: self.run(self.inner.run(self.outer(x))))
+    model.inner, model.outer = inner, Residual(inner.run)
+    emitted = check(model, x())
+    assert "inner.linear.weight" in {name for bank in emitted.plan.banks for name in bank.sites}
+
+
+def test_a_second_capture_in_another_thread_is_refused():
+    inside, done = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        inside.set()
+        done.wait(10)
+        return self.run(x)
+
+    model = net(lambda self, x: self.run(x))
+    thread = threading.Thread(target=capture, args=(net(forward),))
+    thread.start()
+    assert inside.wait(10)
+    assert model(torch.zeros(3, 4)).shape == (3, 4)  # torch goes on working in this thread
+    with pytest.raises(npas_fx.CaptureError, match="another capture is running in this process"):
+        capture(model)
+    done.set()
+    thread.join()
+    capture(net(lambda self, x: self.run(x)))  # the lock is free again
+
+
+def test_a_capture_inside_a_capture_is_refused(refuses):
+    other = nn.Linear(2, 2)
+
+    def forward(self, x):
+        capture(other)
+        return self.run(x)
+
+    refuses(net(forward), x(), match="another capture is running")
+
+
+def test_instance_level_forward(check, refuses):
+    model = net(lambda self, x: self.run(x))
+    model.forward = types.MethodType(lambda self, x: self.b(self.a(x)) * 3, model)
+    model.b.forward = types.MethodType(lambda self, x: F.linear(x, self.weight) * 2, model.b)
+    emitted = check(model, x())
+    assert emitted.plan.kept["b.weight"] == "Linear with a forward of its own"
+
+    model = net(lambda self, x: self.run(x))
+    plain = model.a.forward
+    model.a.forward = lambda x: plain(x) * 2
+    refuses(model, x(), match="'a' has a forward of its own")
+    model = net(lambda self, x: self.run(x))
+    outer = model.forward
+    model.forward = lambda x: outer(x) * 2
+    refuses(model, x(), match="'Model' has a forward of its own")

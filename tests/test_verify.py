@@ -1,0 +1,193 @@
+"""The oracle catches a wrong graph, a wrong mode and a wrong buffer, and changes nothing."""
+
+import copy
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+import npas_fx
+from npas_fx.build import build_banks, give_birth
+from npas_fx.errors import VerificationError
+from npas_fx.generators import GENERATORS
+from npas_fx.passes import emit as emit_module
+from npas_fx.passes.capture import capture
+from npas_fx.passes.modes import choose
+from npas_fx.passes.skeleton import clone, copy_with
+from npas_fx.verify import generate, verify
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(1)
+        y = self.norm(self.b(self.a(x).relu()))
+        return {"y": F.dropout(y, 0.5, self.training), "rows": x.shape[0]}
+
+
+def x():
+    return torch.randn(5, 6)
+
+
+def emit(model, corrupt=None, budget=0.6):
+    """Transform by the same steps as ``apply``, with a corruption of the graph in between."""
+    plan = npas_fx.plan(model, budget, example_inputs=x(), solver="greedy")
+    captured = capture(model, x())
+    if corrupt is not None:
+        corrupt(captured.graph)
+        captured.graph.lint()
+    banks = build_banks(plan, captured.inventory, GENERATORS)
+    weights = {site.name: model.get_parameter(site.name) for site in captured.inventory.sites}
+    give_birth(banks, plan, weights, 0)
+    store = copy_with(model, lambda _, tensor: clone(tensor))
+    return emit_module.emit(captured, plan, store, banks)
+
+
+def find(graph: fx.Graph, target):
+    return next(node for node in graph.nodes if node.target == target)
+
+
+def replace_relu(graph):
+    find(graph, "relu").target = "tanh"
+
+
+def detach_weight(graph):
+    read = next(n for n in graph.nodes if n.op == "get_attr" and n.target == "b.weight")
+    with graph.inserting_after(read):
+        cut = graph.call_method("detach", (read,))
+    read.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
+
+
+def swap_flag(graph):
+    node = find(graph, choose)
+    node.args = (node.args[0], node.args[2], node.args[1])
+
+
+def never_drop(graph):
+    node = find(graph, choose)
+    node.args = (node.args[0], False, False)
+
+
+def other_buffer(graph):
+    find(graph, "add_").args = (find(graph, "add_").args[0], 2)
+
+
+def lose_buffer(graph):
+    graph.erase_node(find(graph, "add_"))
+
+
+def other_number(graph):
+    node = graph.output_node()
+    rows = node.args[0]["rows"]
+    with graph.inserting_before(node):
+        more = graph.call_function(operator.add, (rows, 1))
+    node.args = ({**node.args[0], "rows": more},)
+
+
+def other_structure(graph):
+    node = graph.output_node()
+    node.args = ([node.args[0]["y"], node.args[0]["rows"]],)
+
+
+def other_dtype(graph):
+    node = graph.output_node()
+    with graph.inserting_before(node):
+        double = graph.call_method("double", (node.args[0]["y"],))
+    node.args = ({**node.args[0], "y": double},)
+
+
+def swap_weights(graph):
+    reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in ("a.weight", "b.weight")]
+    reads[0].target, reads[1].target = reads[1].target, reads[0].target
+
+
+CORRUPTIONS = {
+    replace_relu: r"outputs in train mode\['y'\] differs",
+    detach_weight: "gradients in train mode",
+    swap_flag: "outputs in train mode",
+    never_drop: "outputs in train mode",
+    other_buffer: r"buffers in train mode\['count'\]",
+    lose_buffer: r"buffers in train mode\['count'\]",
+    other_number: r"outputs in train mode differ at \['rows'\]: 6, not 5",
+    other_structure: "outputs in train mode have the structure",
+    other_dtype: "shape or dtype",
+    swap_weights: "outputs in train mode",
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("budget", [0.6, 1.0])
+def test_a_corrupted_module_is_caught(corrupt, budget):
+    torch.manual_seed(0)
+    model = Model()
+    verify(emit(model, budget=budget), model, x())
+    with pytest.raises(VerificationError, match=CORRUPTIONS[corrupt]):
+        verify(emit(model, corrupt, budget), model, x())
+
+
+def test_a_fault_in_eval_mode_alone_is_caught():
+    def always_drop(graph):
+        node = find(graph, choose)
+        node.args = (node.args[0], True, True)
+
+    model = Model()
+    with pytest.raises(VerificationError, match="outputs in eval mode"):
+        verify(emit(model, always_drop), model, x())
+
+
+def test_a_module_of_another_model_is_caught():
+    model, other = Model(), Model()
+    other.norm.running_mean.add_(1)
+    with pytest.raises(VerificationError):
+        verify(emit(model), other, x())
+
+
+def test_nothing_is_changed():
+    torch.manual_seed(0)
+    model = Model()
+    model.norm.eval()
+    emitted = emit(model)
+    emitted.norm.train()
+    modules = (model, emitted)
+    before = [copy.deepcopy(module.state_dict()) for module in modules]
+    flags = [[part.training for part in module.modules()] for module in modules]
+    value = x()
+    copied = value.clone()
+    reports = verify(emitted, model, value)
+    assert [report.mode for report in reports] == ["train", "eval"]
+    assert max(report.outputs for report in reports) < 1e-5
+    assert torch.equal(value, copied)
+    assert [[part.training for part in module.modules()] for module in modules] == flags
+    for module, old in zip(modules, before, strict=True):
+        assert all(torch.equal(tensor, old[name]) for name, tensor in module.state_dict().items())
+        assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_the_random_state_is_not_touched():
+    model = Model()
+    emitted, value = emit(model), x()
+    state = torch.get_rng_state()
+    verify(emitted, model, value, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_example_that_the_model_refuses():
+    model = Model()
+    emitted = emit(model)
+    with pytest.raises(npas_fx.CaptureError, match="the model raised RuntimeError on the example"):
+        verify(emitted, model, torch.randn(5, 7))
+
+
+def test_generated_weights_are_those_of_the_banks():
+    emitted = emit(Model(), budget=0.5)
+    weights = generate(emitted)
+    shared = {n for bank in emitted.plan.banks if not bank.is_dedicated for n in bank.sites}
+    assert weights.keys() == shared
+    assert all(weight.shape == (6, 6) for weight in weights.values())
