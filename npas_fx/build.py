@@ -49,11 +49,18 @@ def check_plan(plan: Plan, inventory: Inventory, generators: Mapping[str, Genera
             raise PlanError(f"kept: the model has no parameter {name!r}")
         kept.append(sites[name] if name in sites else stays[name])
     trainable = [item for item in kept if isinstance(item, Site) or item.is_trainable]
-    for resource, unit in (("parameters", "numel"), ("bytes", "num_bytes")):
-        total = sum(getattr(item, unit) for item in trainable)
-        written = getattr(plan, f"kept_{resource}")
-        if total != written:
-            raise PlanError(f"the plan says kept_{resource}={written}, but it is {total}")
+    shared = [name for bank in plan.banks if not bank.is_dedicated for name in bank.sites]
+    for field, total in (
+        ("kept_parameters", sum(item.numel for item in trainable)),
+        ("kept_bytes", sum(item.num_bytes for item in trainable)),
+        ("model_parameters", inventory.num_parameters),
+        ("site_parameters", sum(sites[n].numel for bank in plan.banks for n in bank.sites)),
+        ("fresh_parameters", sum(sites[name].numel for name in shared)),
+    ):
+        if total != getattr(plan, field):
+            raise PlanError(
+                f"the plan says {field}={getattr(plan, field)}, but it is {total}; write that"
+            )
     spent = getattr(plan, plan.budget.resource)
     if spent > plan.budget.amount:
         raise PlanError(
@@ -89,8 +96,8 @@ def _check_bank(
     ):
         if getattr(bank, resource) != amount:
             raise PlanError(
-                f"{where} says {resource}={getattr(bank, resource)}, but it owns {amount}; write "
-                "that number"
+                f"{where} says {resource}={getattr(bank, resource)}, but for the weights of this "
+                f"model it owns {amount}; write that number, or apply the plan to its own model"
             )
 
 

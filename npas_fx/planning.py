@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
@@ -147,10 +148,12 @@ def _infeasible(rules: Rules, budget: Budget, asked: object, smallest: int) -> B
     parts = []
     if weights:
         total = sum(getattr(kept, unit) for kept in weights)
-        largest = ", ".join(
-            f"{kept.name!r} {getattr(kept, unit)} ({kept.reason})" for kept in weights[:4]
-        )
-        parts.append(f"{total} of them stay plain, the largest {largest}")
+        sums: Counter[str] = Counter()
+        for kept in weights:
+            sums[kept.reason] += getattr(kept, unit)
+        reasons = ", ".join(f"{amount} {reason}" for reason, amount in sums.most_common(4))
+        largest = ", ".join(f"{kept.name!r} {getattr(kept, unit)}" for kept in weights[:4])
+        parts.append(f"{total} of them stay plain ({reasons}; the largest are {largest})")
     private = sorted(
         (inventory.sites[k] for k in rules.private), key=lambda site: -getattr(site, unit)
     )

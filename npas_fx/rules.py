@@ -18,6 +18,8 @@ from npas_fx.ir import Inventory, Kept, Site
 Pattern: TypeAlias = "str | re.Pattern[str]"
 Patterns: TypeAlias = "Pattern | Iterable[Pattern] | None"
 
+EXCLUDED, NOT_INCLUDED = _BY_RULE = ("excluded", "not included")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
@@ -59,9 +61,9 @@ def apply_rules(
     sites = []
     for site in inventory.sites:
         if site.name in excluded:
-            kept[site.name] = _keep(site, "excluded")
+            kept[site.name] = _keep(site, EXCLUDED)
         elif site.name not in included:
-            kept[site.name] = _keep(site, "not included")
+            kept[site.name] = _keep(site, NOT_INCLUDED)
         else:
             sites.append(site)
     if include is not None and not sites:
@@ -137,14 +139,20 @@ def _group(
         raise TypeError(
             f"same_bank holds {group!r}; it is a list of groups, like [['a.weight', 'b.weight']]"
         )
-    found = _find(names, "same_bank", group)
-    for name in sorted(found):
-        if name not in index:
+    members: set[int] = set()
+    for pattern in group:
+        found = _match(names, "same_bank", pattern)
+        matched = {index[name] for name in found if name in index}
+        # A pattern may match biases on the way, which stay in any case; another rule contradicts.
+        ruled_out = {name for name in found & kept.keys() if kept[name].reason in _BY_RULE}
+        if ruled_out or not matched:
+            name = min(ruled_out or found)
             raise RuleError(
                 f"same_bank: {name!r} cannot be in a bank, since it stays as it is "
                 f"({kept[name].reason}); take it out of the group"
             )
-    return {index[name] for name in found}
+        members |= matched
+    return members
 
 
 def _join(groups: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:

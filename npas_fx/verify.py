@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from npas_fx.errors import CaptureError, VerificationError
 from npas_fx.passes.call import as_tuple
@@ -131,7 +130,7 @@ def _run(
         output = call()
         total = sum(
             ((leaf.float() if leaf.dtype.itemsize < 4 else leaf) * _weight(leaf)).sum()
-            for leaf in pytree.tree_leaves(output)
+            for _, leaf in _leaves(output)
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
         )
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
@@ -165,27 +164,48 @@ def _mode(module: EmittedModule, is_training: bool) -> Iterator[None]:
 
 
 def _difference(what: str, got: Any, expected: Any, kind: int) -> float:
-    leaves, structure = pytree.tree_flatten(got)
-    expected_leaves, expected_structure = pytree.tree_flatten(expected)
-    if structure != expected_structure:
-        raise VerificationError(f"{what} have the structure {structure}, not {expected_structure}")
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(expected)[0]]
+    leaves, expected_leaves = dict(_leaves(got)), dict(_leaves(expected))
+    if leaves.keys() != expected_leaves.keys():
+        differing = sorted(leaves.keys() ^ expected_leaves.keys())
+        raise VerificationError(
+            f"{what} differ in structure: {differing[0]} is in one of them only"
+        )
     # A gradient that is zero but for rounding is compared with the others' size.
-    tensors = [b for b in expected_leaves if isinstance(b, Tensor) and b.is_floating_point()]
+    tensors = [b for b in expected_leaves.values() if isinstance(b, Tensor)]
     floor = 1e-3 * max(map(_largest, tensors), default=0.0) if kind else 0.0
     worst = 0.0
-    for path, a, b in zip(paths, leaves, expected_leaves, strict=True):
-        if not isinstance(b, Tensor):
-            if a != b:
-                raise VerificationError(f"{what} differ at {path or 'the root'}: {a!r}, not {b!r}")
-            continue
-        if not isinstance(a, Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise VerificationError(f"{what} differ at {path or 'the root'} in shape or dtype")
-        worst = max(worst, _compare_tensors(f"{what}{path}", a.detach(), b.detach(), kind, floor))
+    for path, b in expected_leaves.items():
+        a = leaves[path]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise VerificationError(f"{what}{path} differs in shape or dtype")
+            worst = max(worst, _compare_tensors(f"{what}{path}", a, b, kind, floor))
+        elif type(a) is not type(b) or (isinstance(b, _PLAIN) and a != b):
+            raise VerificationError(f"{what}{path} is {a!r}, not {b!r}")
     return worst
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type, torch.dtype, torch.device)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path -> what is there, for all tensors in a value; for a container, its type."""
+    if isinstance(value, Mapping):
+        inside = [(f"[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        inside = [(f"[{index}]", item) for index, item in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        inside = [(f".{each.name}", getattr(value, each.name)) for each in fields(value)]
+    else:
+        yield path, value
+        return
+    yield f"type({path})", type(value)
+    for step, item in inside:
+        yield from _leaves(item, path + step)
+
+
 def _compare_tensors(what: str, got: Tensor, expected: Tensor, kind: int, floor: float) -> float:
+    got, expected = got.detach(), expected.detach()
     if not expected.is_floating_point():
         if not torch.equal(got, expected):
             raise VerificationError(f"{what} differs from the original's")
@@ -201,5 +221,7 @@ def _compare_tensors(what: str, got: Tensor, expected: Tensor, kind: int, floor:
 
 
 def _largest(tensor: Tensor) -> float:
+    if not tensor.is_floating_point():
+        return 0.0
     finite = tensor.detach().abs().nan_to_num(nan=0.0, posinf=0.0)
     return finite.amax().item() if finite.numel() else 0.0

@@ -115,8 +115,8 @@ CORRUPTIONS = {
     never_drop: "outputs in train mode",
     other_buffer: r"buffers in train mode\['count'\]",
     lose_buffer: r"buffers in train mode\['count'\]",
-    other_number: r"outputs in train mode differ at \['rows'\]: 6, not 5",
-    other_structure: "outputs in train mode have the structure",
+    other_number: r"outputs in train mode\['rows'\] is 6, not 5",
+    other_structure: "outputs in train mode differ in structure",
     other_dtype: "shape or dtype",
     swap_weights: "outputs in train mode",
 }

@@ -67,7 +67,7 @@ class Bank(nn.Module):
     def forward(self) -> tuple[Tensor, ...]:
         """Generate the weights of all sites, in their own dtype also under autocast."""
         device = self.offset.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self._generate()
         return self._generate()

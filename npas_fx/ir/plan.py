@@ -172,8 +172,9 @@ class Plan:
         table.add_row("", "total", f"of {self.model_parameters:,} plain", "", *total)
         with StringIO() as text:
             Console(file=text, width=110, color_system=None).print(table)
+            lines = (line.rstrip() for line in text.getvalue().splitlines())
             return (
-                f"{text.getvalue()}"
+                "\n".join(lines) + "\n"
                 f"{self.fresh_parameters:,} of {self.site_parameters:,} parameters start fresh\n"
                 f"certificate: {self.certificate or 'none'}"
             )

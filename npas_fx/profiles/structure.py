@@ -13,8 +13,7 @@ import numpy.typing as npt
 from npas_fx.ir import Inventory, Site
 
 # How alike the ideal weights of two sites are taken to be: the sum of what they have in common.
-# Measured on a small language model, mixing within a role beat mixing across roles by 3 to 7 times
-# the difference between seeds; see docs/decisions/0004-prices-from-structure.md.
+# Where the numbers come from, and how little that is: docs/decisions/0004-prices-from-structure.md.
 ALIKE = {"anything": 0.1, "kind": 0.2, "role": 0.4, "shape": 0.3}
 # Likeness falls by this factor from the input of the network to its output.
 DEPTH_DECAY = 3.0
