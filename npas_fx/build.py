@@ -8,7 +8,7 @@ import torch
 
 from npas_fx.banks import Bank
 from npas_fx.errors import PlanError
-from npas_fx.generators import Generator, Moments
+from npas_fx.generators import Generator
 from npas_fx.generators.generator import num_parameters
 from npas_fx.ir import BankPlan, Inventory, Kept, Plan, Site
 
@@ -124,6 +124,11 @@ def build_banks(
             bank.size,
             dtype=sites[bank.sites[0]].dtype,
             device=device or sites[bank.sites[0]].device,
+            held_rows={
+                place: row
+                for place, row in enumerate(sites[name].held_row for name in bank.sites)
+                if row is not None
+            },
         )
         for index, bank in enumerate(shared)
     }
@@ -143,4 +148,4 @@ def give_birth(
     random = torch.Generator().manual_seed(seed)
     shared = [bank for bank in plan.banks if not bank.is_dedicated]
     for bank, planned in zip(banks.values(), shared, strict=True):
-        bank.birth([Moments.of(weights[name]) for name in planned.sites], random)
+        bank.birth([weights[name] for name in planned.sites], random)

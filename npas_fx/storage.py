@@ -30,7 +30,8 @@ def write_folder(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
     plan = emission.plan.to_json()
     report = json.dumps(emission.capture.report(), indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
-    metadata = {"plan": _digest(plan), "capture": _digest(report)}
+    # One entry: safetensors writes several in any order.
+    metadata = {"npas_fx": json.dumps({PLAN: _digest(plan), CAPTURE: _digest(report)})}
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as err:
@@ -69,9 +70,9 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
     """
     source = Path(folder)
     texts = {name: _read_text(source / name) for name in (PLAN, CAPTURE)}
-    metadata = _read_metadata(source / WEIGHTS)
-    for name, key in ((PLAN, "plan"), (CAPTURE, "capture")):
-        if metadata.get(key) != _digest(texts[name]):
+    digests = json.loads(_read_metadata(source / WEIGHTS).get("npas_fx", "{}"))
+    for name, text in texts.items():
+        if digests.get(name) != _digest(text):
             raise StorageError(
                 f"{source / name} is not the one that {WEIGHTS} was saved with (it was edited, or "
                 "saving was interrupted); restore it, or apply the plan to a model instead"
@@ -101,7 +102,8 @@ def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
     if differences:
         raise StorageError(
             f"the model is not the one saved in {folder}: {'; '.join(sorted(differences)[:3])}; "
-            "pass an instance of the same architecture, and the example inputs of the transform"
+            "pass an instance of the same architecture, and the example inputs of the transform "
+            "(build it under torch.device('meta') rather than move it there, which unties weights)"
         )
 
 

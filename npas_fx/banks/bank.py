@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Bank(nn.Module):
         size: of the bank.
         dtype: of the weights.
         device: of the weights.
+        held_rows: place of a weight -> its row that is not generated but held, a buffer.
     """
 
     offset: Tensor
@@ -37,6 +38,7 @@ class Bank(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        held_rows: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.generator = generator
@@ -50,10 +52,32 @@ class Bank(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.register_buffer("offset", torch.zeros(len(self.shapes), dtype=dtype, device=device))
         self.offset_sites: tuple[int, ...] = ()
+        self.held_rows = dict(held_rows or {})
+        for place in self.held_rows:
+            row = torch.empty(self.shapes[place][1:], dtype=dtype, device=device)
+            self.register_buffer(f"held_row_{place}", row)
 
-    def birth(self, moments: Sequence[Moments], random: torch.Generator) -> None:
+    def birth(self, weights: Sequence[Tensor], random: torch.Generator) -> None:
         """Draw all tensors, so that each weight has the moments of the one that it replaces."""
+        wanted = [Moments.of(self._without_held_row(*each)) for each in enumerate(weights)]
+        state = random.get_state()
+        self._draw(wanted, weights, random)
+        if self.held_rows:
+            # The moments were those of the rows that are held too; the same draw is moved to fit.
+            with torch.no_grad():
+                born = [Moments.of(self._without_held_row(*each)) for each in enumerate(self())]
+            moved = [
+                Moments(mean=2 * m.mean - b.mean, std=m.std * m.std / b.std) if b.std else m
+                for m, b in zip(wanted, born, strict=True)
+            ]
+            self._draw(moved, weights, random.set_state(state))
+
+    def _draw(
+        self, moments: Sequence[Moments], weights: Sequence[Tensor], random: torch.Generator
+    ) -> None:
         drawn = self.generator.birth(self.shapes, self.size, moments, random)
+        for place, row in self.held_rows.items():
+            drawn[f"held_row_{place}"] = weights[place].detach()[row]
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 tensor.copy_(drawn[name])
@@ -73,13 +97,18 @@ class Bank(nn.Module):
         return self._generate()
 
     def _generate(self) -> tuple[Tensor, ...]:
-        weights = self.generator.generate(self.tensors(), self.shapes, self.size)
-        if not self.offset_sites:
-            return weights
-        return tuple(
-            weight + self.offset[k] if k in self.offset_sites else weight
-            for k, weight in enumerate(weights)
-        )
+        weights = list(self.generator.generate(self.tensors(), self.shapes, self.size))
+        for place in self.offset_sites:
+            weights[place] = weights[place] + self.offset[place]
+        for place, row in self.held_rows.items():
+            weight, held = weights[place], self._buffers[f"held_row_{place}"]
+            assert held is not None
+            weights[place] = torch.cat([weight[:row], held[None], weight[row + 1 :]])
+        return tuple(weights)
+
+    def _without_held_row(self, place: int, weight: Tensor) -> Tensor:
+        row = self.held_rows.get(place)
+        return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
 
     def extra_repr(self) -> str:
         """Say what the bank is."""

@@ -23,6 +23,7 @@ class Site:
         role: what the graph says it does, see ``npas_fx.passes.roles``.
         depth: where it is read, 0 at the input, 1 at the output.
         uses: how many operations read it.
+        held_row: the padding row of an embedding, whose value stays as it is; None without one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     role: str
     depth: float
     uses: int
+    held_row: int | None = None
 
     @property
     def numel(self) -> int:

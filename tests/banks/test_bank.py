@@ -16,9 +16,35 @@ SIZE = Size(num_templates=3, template_size=12, num_partial=5)
 
 def make(name="wavg", shapes=SHAPES, size=SIZE, dtype=torch.float32, mean=0.0, seed=0):
     bank = Bank(GENERATORS[name], shapes, size, dtype=dtype, device=torch.device("cpu"))
-    moments = [Moments(mean=mean, std=0.5 + k) for k in range(len(shapes))]
-    bank.birth(moments, torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(shape, generator=random) for shape in shapes]
+    weights = [
+        (weight - weight.mean()) / weight.std(correction=0) * (0.5 + k) + mean
+        for k, weight in enumerate(drawn)
+    ]
+    bank.birth(weights, random)
     return bank
+
+
+def test_a_held_row_keeps_its_value_and_gets_no_gradient():
+    weights = [torch.randn(shape) for shape in SHAPES]
+    bank = Bank(
+        GENERATORS["wavg"],
+        SHAPES,
+        SIZE,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        held_rows={1: 2},
+    )
+    bank.birth(weights, torch.Generator().manual_seed(0))
+    _, generated, _ = bank()
+    assert torch.equal(generated[2], weights[1][2])
+    free, wanted = Moments.of(generated[:2]), Moments.of(weights[1][:2])
+    assert free.mean == pytest.approx(wanted.mean, abs=0.03 * wanted.std)
+    assert free.std == pytest.approx(wanted.std, rel=0.03)
+    gradients = torch.autograd.grad(generated[2].sum(), bank.parameters(), allow_unused=True)
+    assert not any(gradient.any() for gradient in gradients if gradient is not None)
+    assert "held_row_1" in bank.state_dict()
 
 
 @pytest.mark.parametrize("name", ["wavg", "tied"])

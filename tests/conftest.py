@@ -1,0 +1,28 @@
+"""Hypothesis: reproducible and short by default, HYPOTHESIS_PROFILE=nightly for ten times more."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+
+EXAMPLES = 20
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining takes minutes
+QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=EXAMPLES,
+    phases=PHASES,
+    suppress_health_check=QUIET,
+)
+settings.register_profile(
+    "nightly",
+    deadline=None,
+    max_examples=10 * EXAMPLES,
+    phases=PHASES,
+    suppress_health_check=QUIET,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
