@@ -111,10 +111,13 @@ def emit(
         for place, site in enumerate(bank.sites)
     }
     sites_of = {f"{prefix}.{name}": b.sites for name, b in zip(names, shared, strict=True)}
-    graph = rewrite(capture.graph, sites_of)
-    generated = _all_names(capture, bank_of)
-    module = _new_module(type(store).__name__, graph, capture.call)
-    _mirror(store, "", module, capture.leaves, generated, {})
+    if "" in capture.leaves:
+        graph, module = capture.graph, _keep_forward(store)
+    else:
+        graph = rewrite(capture.graph, sites_of)
+        generated = _all_names(capture, bank_of)
+        module = _new_module(type(store).__name__, graph, capture.call)
+        _mirror(store, "", module, capture.leaves, generated, {})
     for path, constant in capture.constants.items():
         owner, _, name = path.rpartition(".")
         module.get_submodule(owner).register_buffer(name, constant.clone(), persistent=False)
@@ -131,6 +134,14 @@ def emit(
 def _all_names(capture: Capture, bank_of: Mapping[str, Any]) -> frozenset[str]:
     sites = [site for site in capture.inventory.sites if site.name in bank_of]
     return frozenset(name for site in sites for name in (site.name, *site.aliases))
+
+
+def _keep_forward(store: nn.Module) -> EmittedModule:
+    """Make an emitted module of a model whose own ``forward`` must run, as it is."""
+    members = {"__module__": __name__}
+    store.__class__ = type(f"Shared{type(store).__name__}", (EmittedModule, type(store)), members)
+    assert isinstance(store, EmittedModule)
+    return store
 
 
 def _new_module(name: str, graph: fx.Graph, call: CallSignature) -> EmittedModule:

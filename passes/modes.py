@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
 
 from torch import fx
 
 from npas_fx.errors import RewriteError
+from npas_fx.passes.flag_patterns import is_inside, mode_patterns, number_each, number_rivals
 from npas_fx.passes.tracer import Trace
+
+Mixed: TypeAlias = Sequence[tuple[Mapping[str, bool], fx.Graph]]
 
 
 def choose(is_training: bool, train_value: Any, eval_value: Any) -> Any:
@@ -38,113 +42,129 @@ def differing_modules(train: Trace, evaluate: Trace) -> tuple[str, ...]:
     )
 
 
-def is_inside(path: str, parent: str) -> bool:
-    """Whether a module path is ``parent`` or lies below it; everything lies below the root."""
-    return not parent or path == parent or path.startswith(f"{parent}.")
-
-
-def differs_in_constants(train: Trace, evaluate: Trace) -> bool:
-    """Whether the graphs of two modes of equal structure differ in anything."""
-    return str(train.graph) != str(evaluate.graph)
-
-
-def mode_patterns(asked: frozenset[str]) -> list[dict[str, bool]]:
-    """Patterns of training flags by which a constant shows whose flag it depends on.
-
-    Each path has a number of its own; a pattern is one bit of all numbers, or its complement. A
-    constant that depends on two flags at once follows the number of neither. In the first pattern
-    no flag is set: a constant that then keeps its value depends on none.
-    """
-    paths = sorted(asked)
-    if not paths:
-        return []
-    bits = range((len(paths) - 1).bit_length())
-    return [dict.fromkeys(paths, False)] + [
-        {path: bool(number >> bit & 1) is is_plain for number, path in enumerate(paths)}
-        for bit in bits
-        for is_plain in (True, False)
-    ]
-
-
 def merge_modes(
-    train: Trace,
-    evaluate: Trace,
-    mixed: Sequence[tuple[Mapping[str, bool], fx.Graph]] = (),
+    train: Trace, evaluate: Trace, trace_with: Callable[[Mapping[str, bool]], fx.Graph]
 ) -> fx.Graph:
     """Merge two graphs that differ in constants only: these read the flag of the owning module.
 
     Before ``dropout(x, p=0.1, training=True)``; after ``flag = get_attr[block.training]``,
     ``value = choose(flag, True, False)``, ``dropout(x, p=0.1, training=value)``.
 
+    Whose flag a constant follows is seen in further traces, with some flags set and others not. A
+    few of them tell apart the modules that come into question: those whose flag was read by the
+    calls around the constant. Only if none of these fits, all modules are told apart.
+
     Args:
         train: the trace of train mode.
         evaluate: the trace of eval mode.
-        mixed: training flags by the ``mode_patterns`` of the modules whose flag was read -> the
-            graph that was traced with them.
+        trace_with: training flags of the modules whose flag was read -> the graph with them.
 
     Raises:
         RewriteError: the graphs differ in more than constants, or a constant depends on the flags
             of more than one module.
     """
-    merged = copy.deepcopy(train.graph)
-    asked = sorted(train.asked_training | evaluate.asked_training)
-    graphs = (merged, evaluate.graph, *(graph for _, graph in mixed))
+    if str(train.graph) == str(evaluate.graph):
+        return copy.deepcopy(train.graph)
+    if len(train.graph.nodes) != len(evaluate.graph.nodes):
+        raise RewriteError("train and eval mode differ in their number of operations")
+    asked = train.asked_training | evaluate.asked_training
+    nearby = [
+        train.flags_before[a] | evaluate.flags_before[b]
+        for a, b in zip(train.graph.nodes, evaluate.graph.nodes, strict=True)
+    ]
+    mixed = [
+        (flags, trace_with(flags)) for flags in mode_patterns(number_rivals(asked, set(nearby)))
+    ]
+    with suppress(RewriteError):
+        return _merge(train.graph, evaluate.graph, mixed, nearby)
+    # With no flag set, what still keeps its value in train mode follows none.
+    patterns = [dict.fromkeys(asked, False), *mode_patterns(number_each(asked))]
+    mixed += [(flags, trace_with(flags)) for flags in patterns]
+    return _merge(train.graph, evaluate.graph, mixed, [asked] * len(nearby))
+
+
+def _merge(
+    train: fx.Graph, evaluate: fx.Graph, mixed: Mixed, candidates: Sequence[Collection[str]]
+) -> fx.Graph:
+    """Merge, with the modules that each node's constants may follow the flag of."""
+    merged = copy.deepcopy(train)
+    graphs = (merged, evaluate, *(graph for _, graph in mixed))
     if len({len(graph.nodes) for graph in graphs}) > 1:
         raise RewriteError("train and eval mode differ in their number of operations")
-    counterparts = {nodes[0]: nodes for nodes in zip(*(g.nodes for g in graphs), strict=True)}
-    flags: dict[str, fx.Node] = {}
+    rows = list(zip(*(graph.nodes for graph in graphs), strict=True))
+    counterparts = {row[0]: row for row in rows}
     first = next(node for node in merged.nodes if node.op != "placeholder")
+    flag_of: dict[str, fx.Node] = {}
 
-    def owner(node: fx.Node, values: Sequence[Any]) -> str:
-        is_train = [_same(value, values[0]) for value in values[2:]]
-        if all(is_train):  # no flag decides: what does is set by train() itself
-            return _innermost(node)
-        followed = [path for path in asked if is_train == [flag[path] for flag, _ in mixed]]
-        if len(followed) != 1 or not all(
-            is_train[k] or _same(value, values[1]) for k, value in enumerate(values[2:])
-        ):
-            raise RewriteError(
-                f"a constant of {node.format_node()} depends on the training flags of more than "
-                "one module"
-            )
-        return followed[0]
+    def read_flag(path: str) -> fx.Node:
+        if path not in flag_of:
+            with merged.inserting_before(first):
+                flag_of[path] = merged.get_attr(f"{path}.training" if path else "training")
+        return flag_of[path]
 
-    for node, others in counterparts.items():
+    for row, paths in zip(rows, candidates, strict=True):
+        node = row[0]
 
-        def merge(values: Sequence[Any], node: fx.Node = node) -> Any:
+        def merge(
+            values: Sequence[Any], node: fx.Node = node, paths: Collection[str] = paths
+        ) -> Any:
             a = values[0]
             if isinstance(a, fx.Node):
                 if counterparts[a] != tuple(values):
                     raise RewriteError(f"train and eval mode differ at {node.format_node()}")
                 return a
-            if isinstance(a, (tuple, list)):
-                items = [merge(items) for items in zip(*values, strict=True)]
-                return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
-            if isinstance(a, Mapping):
-                return {key: merge([value[key] for value in values]) for key in a}
-            if isinstance(a, slice):
-                parts = [(value.start, value.stop, value.step) for value in values]
-                return slice(*map(merge, zip(*parts, strict=True)))
             if all(_same(a, value) for value in values[1:]):
                 return a
-            path = owner(node, values)
-            if path not in flags:
-                with merged.inserting_before(first):
-                    flags[path] = merged.get_attr(f"{path}.training" if path else "training")
+            flag = read_flag(_find_owner(node, values, mixed, paths))
             with merged.inserting_before(node):
-                return merged.call_function(choose, (flags[path], a, values[1]))
+                return merged.call_function(choose, (flag, a, values[1]))
 
-        if len({(other.op, other.target) for other in others}) > 1:
+        if len({(other.op, other.target) for other in row}) > 1:
             raise RewriteError(f"train and eval mode differ at {node.format_node()}")
-        node.args = merge([other.args for other in others])
-        node.kwargs = merge([other.kwargs for other in others])
+        node.args = _map_rows(merge, [other.args for other in row])
+        node.kwargs = _map_rows(merge, [other.kwargs for other in row])
     merged.lint()
     return merged
 
 
-def _innermost(node: fx.Node) -> str:
-    stack: list[str] = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
-    return stack[-1]
+def _find_owner(
+    node: fx.Node, values: Sequence[Any], mixed: Mixed, candidates: Collection[str]
+) -> str:
+    """Find the module whose flag a constant follows.
+
+    Args:
+        node: what has the constant.
+        values: of the constant in train mode, in eval mode, and in the mixed modes.
+        mixed: flags and graph of these.
+        candidates: paths of the modules that come into question.
+    """
+    is_train = [_same(value, values[0]) for value in values[2:]]
+    if all(is_train) and not all(any(flags.values()) for flags, _ in mixed):
+        # No flag decides: what does is set by train() itself, on the module most likely.
+        stack = node.meta.get("nn_module_stack", {}).values()
+        return next((path for path, _ in reversed(stack)), "")
+    followed = [path for path in candidates if is_train == [flags[path] for flags, _ in mixed]]
+    is_two_valued = all(_same(value, values[0]) or _same(value, values[1]) for value in values[2:])
+    if len(followed) != 1 or not is_two_valued:
+        raise RewriteError(
+            f"a constant of {node.format_node()} depends on the training flags of more than "
+            "one module"
+        )
+    return followed[0]
+
+
+def _map_rows(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> Any:
+    """Apply a function to what stands in the same place of several arguments."""
+    a = values[0]
+    if isinstance(a, (tuple, list)):
+        items = [_map_rows(function, items) for items in zip(*values, strict=True)]
+        return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
+    if isinstance(a, Mapping):
+        return {key: _map_rows(function, [value[key] for value in values]) for key in a}
+    if isinstance(a, slice):
+        parts = [(value.start, value.stop, value.step) for value in values]
+        return slice(*_map_rows(function, parts))
+    return function(values)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,194 +2,29 @@
 
 from __future__ import annotations
 
-import builtins
 import dis
-import inspect
-import operator
-import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import partial
-from types import FrameType, FunctionType, MethodType
+from types import FrameType
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from npas_fx.errors import CaptureError
 from npas_fx.passes.call import CallSignature
+from npas_fx.passes.frame import Frame
+from npas_fx.passes.leaves import owns_nothing_shareable
+from npas_fx.passes.patches import patches
+from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.skeleton import named_tensors
+from npas_fx.passes.value_types import made_type
 
-_LOCK = threading.Lock()
-_plain_isinstance = builtins.isinstance
-_BUILTIN = (type(torch.add), type(Tensor.add), type(operator.add))
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
-_SEVERAL_OUTPUTS = (
-    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss),
-    nn.Transformer,
-)
-_CONTEXTS = (
-    *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode),
-    torch.autocast,
-)
-
-# Called without a traced value, these would run while tracing and leave a constant behind: a random
-# draw that is the same at every call, a buffer that in-place operations change for good.
-_FACTORIES = (
-    *("arange", "as_tensor", "bartlett_window", "blackman_window", "empty", "eye", "from_numpy"),
-    *("full", "hamming_window", "hann_window", "linspace", "logspace", "normal", "ones", "rand"),
-    *("randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices"),
-    *("asarray", "kaiser_window", "zeros"),
-)
-
-_IN_PLACE = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
-
-# Type of what an attribute or a method of a tensor gives, where it is no tensor.
-_ATTRIBUTES: Mapping[str, type] = {
-    **{"shape": torch.Size, "dtype": torch.dtype, "device": torch.device, "ndim": int},
-    **{"layout": torch.layout, "requires_grad": bool, "is_cuda": bool},
-}
-_METHODS: Mapping[str, type] = {"dim": int, "numel": int, "ndimension": int, "tolist": list}
-# Methods and functions that may give several tensors, or none.
-_UNKNOWN = frozenset(
-    (
-        *("aminmax", "chunk", "cummax", "cummin", "frexp", "hsplit", "item", "kthvalue", "max"),
-        *("median", "min", "mode", "multi_head_attention_forward", "qr", "slogdet", "sort"),
-        *("split", "split_with_sizes", "std_mean", "stride", "svd", "tensor_split", "topk"),
-        *("unbind", "unique", "unsafe_chunk", "unsafe_split", "var_mean", "vsplit", "__call__"),
-        *("meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "where"),
-    )
-)
-_OWN_FIELDS = frozenset({"node", "tracer", "_known"})
-
-
-class CapturedProxy(fx.Proxy):
-    """A traced value; one that stands for a parameter or buffer answers questions on its shape."""
-
-    tracer: Tracer
-
-    def __init__(self, node: fx.Node, tracer: Tracer, known: Tensor | None = None) -> None:
-        super().__init__(node, tracer)
-        self._known = known
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_is_param":
-            raise self.tracer.refusal(
-                "forward makes a parameter, or a module with weights; make it in __init__"
-            )
-        if name not in _OWN_FIELDS:
-            raise self.tracer.refusal(
-                f"forward assigns to the attribute {name!r} of a traced value, which a graph does "
-                "not record; use an in-place method such as copy_ or requires_grad_"
-            )
-        super().__setattr__(name, value)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __getattr__(self, name: str) -> Any:
-        if self._known is not None and name in ("shape", "dtype", "ndim"):
-            return getattr(self._known, name)
-        made = None if name.startswith("__") else self.made_type(assume_tensor=False)
-        if made is not None:
-            if not hasattr(made, name):
-                raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
-            if not callable(getattr(made, name)):
-                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
-
-    def __len__(self) -> int:
-        if self._known is None:
-            raise self.tracer.refusal("len() of a traced value is not known while tracing")
-        return len(self._known)
-
-    def __hash__(self) -> int:
-        made = self.made_type()
-        if made is not None and not issubclass(made, Tensor):
-            raise self.tracer.refusal(
-                f"forward looks a traced {made.__name__} up in a set or a dict; it is not known "
-                "while tracing"
-            )
-        return id(self)  # as a tensor
-
-    def __str__(self) -> str:
-        made = self.made_type()
-        if made in (torch.dtype, torch.device):
-            raise self.tracer.refusal(
-                f"forward asks for the text of a traced {made.__name__}, not known while tracing"
-            )
-        return repr(self)
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
-
-    def __int__(self) -> int:
-        raise self.tracer.refusal("forward makes a Python number of a traced value")
-
-    def __float__(self) -> float:
-        raise self.tracer.refusal("forward makes a Python number of a traced value")
-
-    def size(self, dim: int | None = None) -> Any:
-        """Shape of a parameter or buffer, or a node that asks for it."""
-        if self._known is None:
-            args = (self,) if dim is None else (self, dim)
-            return self.tracer.create_proxy("call_method", "size", args, {})
-        return self._known.shape if dim is None else self._known.shape[dim]
-
-    def dim(self) -> Any:
-        """Rank of a parameter or buffer, or a node that asks for it."""
-        if self._known is None:
-            return self.tracer.create_proxy("call_method", "dim", (self,), {})
-        return self._known.dim()
-
-    def numel(self) -> Any:
-        """Number of elements of a parameter or buffer, or a node that asks for it."""
-        if self._known is None:
-            return self.tracer.create_proxy("call_method", "numel", (self,), {})
-        return self._known.numel()
-
-    def is_instance(self, kind: Any) -> bool:
-        """What ``isinstance`` says of the value that this one stands for."""
-        if self._known is not None:
-            return _plain_isinstance(self._known, kind)
-        made = self.made_type()
-        if made is None:
-            raise self.tracer.refusal(
-                "forward asks for the type of a value that is not known while tracing; put the "
-                "question into a module without weights of its own"
-            )
-        return issubclass(made, kind)
-
-    def made_type(self, *, assume_tensor: bool = True) -> type | None:
-        """Type of the value, as far as the operation that makes it tells; None if it does not.
-
-        Args:
-            assume_tensor: whether an input of the model that no example tells about is a tensor.
-        """
-        return self.tracer.made_type(self.node, assume_tensor)
-
-
-def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: CapturedProxy, other: Any) -> Any:
-        # fx records `y += 1` as `y = y + 1`, and an alias of y misses the change.
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return method
-
-
-_IN_PLACE_FUNCTIONS = frozenset(getattr(operator, name) for name in _IN_PLACE)
-for _name in _IN_PLACE:
-    setattr(CapturedProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,45 +36,16 @@ class Trace:
         steps: module path -> what its own forward does, calls of submodules being one step each;
             without constants, so that two modes that differ in these only have equal steps.
         asked_training: paths of the modules whose ``training`` flag was read.
+        flags_before: node -> those of them that were read so that the node could depend on it: by
+            the calls that the node is in, or by a call that gave them a constant.
         assumed_tensors: inputs that were taken for tensors when the model's code asked.
     """
 
     graph: fx.Graph
     steps: Mapping[str, Sequence[Any]]
     asked_training: frozenset[str]
+    flags_before: Mapping[fx.Node, frozenset[str]]
     assumed_tensors: frozenset[str]
-
-
-class _Frame:
-    """One call of a module while it is traced: numbers for the values that its code sees."""
-
-    def __init__(self, path: str, arguments: Iterable[fx.Node], steps: list[Any]) -> None:
-        self.path = path
-        self.steps = steps
-        self.tokens: dict[fx.Node, Any] = {}
-        for argument in arguments:
-            self.tokens.setdefault(argument, ("argument", len(self.tokens)))
-        steps.append("called")
-
-    def add(self, node: fx.Node) -> None:
-        """Note an operation of the module's own code."""
-        if node.op == "get_attr":
-            return  # read once, wherever it comes first
-        self.steps.append((node.op, node.target, self.shape(node.args), self.shape(node.kwargs)))
-        self.tokens[node] = ("step", len(self.steps))
-
-    def shape(self, value: Any) -> Any:
-        """Describe arguments without constants."""
-        if isinstance(value, fx.Node):
-            token = value.target if value.op == "get_attr" else self.tokens.get(value, "result")
-            return ("node", token)
-        if isinstance(value, (tuple, list)):
-            return (type(value), *map(self.shape, value))
-        if isinstance(value, Mapping):
-            return tuple((key, self.shape(item)) for key, item in value.items())
-        if isinstance(value, slice):
-            return ("slice", *map(self.shape, (value.start, value.stop, value.step)))
-        return "constant" if isinstance(value, (bool, int, float)) else repr(value)
 
 
 class Tracer(fx.Tracer):
@@ -264,13 +70,14 @@ class Tracer(fx.Tracer):
         self.signature = signature
         self.extra_leaves = leaves
         self.exposed = exposed
-        self.asked_training: set[nn.Module] = set()
+        self.asked_training: set[str] = set()
+        self.flags_before: dict[fx.Node, frozenset[str]] = {}
         self.assumed_tensors: set[str] = set()
         self.names: dict[int, str] = {}
         self.steps: dict[str, list[Any]] = {}
         self.thread = threading.get_ident()
         self.num_contexts = 0
-        self._frames: list[_Frame] = []
+        self._frames: list[Frame] = []
         self._state: tuple[Any, ...] = ()
         self._refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
@@ -283,17 +90,16 @@ class Tracer(fx.Tracer):
             for name, tensor in source
         }
         self._state = _ambient_state()
-        self._frames = [_Frame("", (), self.steps.setdefault("", []))]
-        with _patches(self):
+        self._frames = [Frame((), self.steps.setdefault("", []), ())]
+        with patches(self):
             graph = self.trace(root)
         if self._refusal is not None:
             raise self._refusal  # the user's code caught it and went another way
-        paths = {module: path for path, module in root.named_modules()}
-        asked = frozenset(paths[module] for module in self.asked_training if module in paths)
         return Trace(
             graph=graph,
             steps=self.steps,
-            asked_training=asked,
+            asked_training=frozenset(self.asked_training),
+            flags_before=self.flags_before,
             assumed_tensors=frozenset(self.assumed_tensors),
         )
 
@@ -302,54 +108,23 @@ class Tracer(fx.Tracer):
         self._refusal = self._refusal or CaptureError(message)
         return CaptureError(message)
 
+    def note_asked(self, module: nn.Module) -> None:
+        """Note that the code that is being traced has read the ``training`` flag of ``module``."""
+        path = (self.submodule_paths or {}).get(module)
+        if path is not None and threading.get_ident() == self.thread:
+            self.asked_training.add(path)
+            self._frames[-1].asked.add(path)
+
     def made_type(self, node: fx.Node, assume_tensor: bool) -> type | None:
         """See ``CapturedProxy.made_type``."""
-        if node.op == "placeholder":
-            argument = str(node.target)
+
+        def input_type(argument: str) -> type | None:
             if assume_tensor and argument not in self.signature.types:
                 self.assumed_tensors.add(argument)
                 return Tensor
             return self.signature.types.get(argument)
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            gives_one = type(module).__module__.startswith("torch.nn.modules.") and not (
-                isinstance(module, _SEVERAL_OUTPUTS) or getattr(module, "return_indices", False)
-            )
-            return Tensor if gives_one else None
-        if node.op == "get_attr":
-            return Tensor
-        if node.op == "call_method":
-            if node.target == "size":
-                return torch.Size if len(node.args) + len(node.kwargs) == 1 else int
-            return None if node.target in _UNKNOWN else _METHODS.get(str(node.target), Tensor)
-        if node.target is getattr:
-            source, name = node.args
-            assert isinstance(source, fx.Node)
-            assert isinstance(name, str)
-            if name in _ATTRIBUTES:
-                return _ATTRIBUTES[name]
-            return Tensor if self.made_type(source, assume_tensor) is Tensor else None
-        return self._function_type(node, assume_tensor)
 
-    def _function_type(self, node: fx.Node, assume_tensor: bool) -> type | None:
-        target = node.target
-        assert callable(target)
-        made = [
-            self.made_type(arg, assume_tensor) if isinstance(arg, fx.Node) else type(arg)
-            for arg in node.args
-        ]
-        if target is operator.getitem:
-            if made[0] is torch.Size:
-                return torch.Size if made[1] is slice else int
-            return made[0] if made[0] is Tensor else None
-        module = getattr(target, "__module__", None) or ""
-        if module == "_operator":
-            if Tensor in made:
-                return Tensor
-            is_whole = target in (operator.add, operator.sub, operator.mul, operator.floordiv)
-            return int if is_whole and set(made) == {int} else None
-        is_torch = module.split(".")[0] == "torch" or isinstance(target, _BUILTIN)
-        return Tensor if is_torch and target.__name__ not in _UNKNOWN else None
+        return made_type(node, self.root, input_type)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -367,11 +142,11 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module stays a call."""
-        if module_qualified_name in self.extra_leaves:
-            return True
-        if super().is_leaf_module(m, module_qualified_name):
-            return True
-        return not isinstance(m, nn.Sequential) and owns_nothing_shareable(m)
+        return (
+            module_qualified_name in self.extra_leaves
+            or super().is_leaf_module(m, module_qualified_name)
+            or (not isinstance(m, nn.Sequential) and owns_nothing_shareable(m))
+        )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record or trace the call of a module."""
@@ -392,13 +167,15 @@ class Tracer(fx.Tracer):
                 f"{path!r} has a backward hook, which a graph cannot keep; remove it and register "
                 "it on the emitted module instead"
             )
-        arguments: list[fx.Node] = []
-        fx.node.map_aggregate((args, kwargs), lambda value: _note_node(value, arguments))
+        arguments = [v.node for v in _leaves((args, kwargs)) if isinstance(v, fx.Proxy)]
         caller = self._frames[-1]
         caller.steps.append(("enter", path, tuple(map(caller.shape, arguments))))
-        self._frames.append(_Frame(path, arguments, self.steps.setdefault(path, [])))
+        called = Frame(arguments, self.steps.setdefault(path, []), caller.asked)
+        self._frames.append(called)
         result = super().call_module(m, forward, args, kwargs)
         self._frames.pop()
+        if not all(value is None or isinstance(value, fx.Proxy) for value in _leaves(result)):
+            caller.asked |= called.asked  # a constant may follow a flag that the call has read
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -429,6 +206,7 @@ class Tracer(fx.Tracer):
             )
         node = super().create_node(*args, **kwargs)
         self._frames[-1].add(node)
+        self.flags_before[node] = frozenset(self._frames[-1].asked)
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -496,208 +274,13 @@ def _is_assert(frame: FrameType) -> bool:
     return jump <= 1 and any("ASSERT" in f"{i.opname} {i.argrepr}" for i in coming[jump + 1 :][:2])
 
 
-def _note_node(value: Any, found: list[fx.Node]) -> Any:
-    if isinstance(value, fx.Proxy):
-        found.append(value.node)
-    return value
-
-
-def owns_nothing_shareable(module: nn.Module) -> bool:
-    """Whether no parameter in or below ``module`` has two or more dimensions.
-
-    A module that refers to others behind torch's back (in a list, say) could read their weights.
-    """
-    if any(parameter.dim() > 1 for _, parameter in module.named_parameters()):
-        return False
-    return not any(_hides_tensors(value) for part in module.modules() for value in _plain(part))
-
-
-def _plain(module: nn.Module) -> Iterator[Any]:
-    for name, value in vars(module).items():
-        if not (name.startswith("_") and name in MODULE_FIELDS):
-            yield value
-
-
-MODULE_FIELDS = frozenset(vars(nn.Module()))
-
-
-def _hides_tensors(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set)):
-        return any(_hides_tensors(item) for item in value)
-    if isinstance(value, dict):
-        return any(_hides_tensors(item) for item in value.values())
-    if isinstance(value, MethodType):
-        return _hides_tensors(value.__self__)
-    if isinstance(value, partial):
-        return _hides_tensors((value.func, value.args, value.keywords))
-    if isinstance(value, FunctionType):
-        return any(map(_hides_tensors, inspect.getclosurevars(value).nonlocals.values()))
-    return isinstance(value, (nn.Module, nn.Parameter))
+def _leaves(value: Any) -> list[Any]:
+    """What is in tuples, lists, dicts and slices, and in those in them."""
+    found: list[Any] = []
+    fx.node.map_aggregate(value, found.append)
+    return found
 
 
 def _ambient_state() -> tuple[Any, ...]:
     autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-@contextmanager
-def _patches(tracer: Tracer) -> Iterator[None]:
-    """Change Python and torch, for this trace only, where they would hide something from it."""
-    if not _LOCK.acquire(blocking=False):
-        raise CaptureError("another capture is running in this process; wait until it is done")
-    try:
-        with ExitStack() as stack:
-            for name in _FACTORIES:
-                wrapped = _recorded(tracer, getattr(torch, name))
-                stack.enter_context(mock.patch.object(torch, name, wrapped))
-            stack.enter_context(mock.patch.object(builtins, "isinstance", _isinstance))
-            stack.enter_context(mock.patch.object(torch, "is_tensor", _is_tensor))
-            stack.enter_context(mock.patch.object(nn.Module, "parameters", _parameters_of(tracer)))
-            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _set_attribute))
-            for context in _CONTEXTS:
-                for name, step in (("__enter__", 1), ("__exit__", -1)):
-                    counted = _counted(tracer, getattr(context, name), step)
-                    stack.enter_context(mock.patch.object(context, name, counted))
-            stack.enter_context(
-                mock.patch.object(torch.autograd.Function, "apply", _refuse_function(tracer))
-            )
-            stack.enter_context(
-                mock.patch.object(nn.Module, "training", _training_of(tracer), create=True)
-            )
-            stack.enter_context(_unchanged_random_state())
-            stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-            yield
-    finally:
-        _LOCK.release()
-
-
-def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
-    def record(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != tracer.thread:  # a data loader's, say
-            return factory(*args, **kwargs)
-        return tracer.create_proxy("call_function", factory, args, kwargs)
-
-    return record
-
-
-def _isinstance(value: Any, kind: Any) -> bool:
-    # A proxy is no Tensor, so user code would take the wrong branch without a word.
-    if type(value) is CapturedProxy and not _plain_isinstance(value, kind):
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.split(".")[0] not in ("torch", "npas_fx"):
-            return value.is_instance(kind)
-    return _plain_isinstance(value, kind)
-
-
-def _is_tensor(value: Any) -> bool:
-    if type(value) is CapturedProxy:
-        return value.is_instance(Tensor)
-    return _plain_isinstance(value, Tensor)
-
-
-def _refuse_function(tracer: Tracer) -> Any:
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise tracer.refusal(
-            f"it calls the torch.autograd.Function {cls.__name__}, whose backward a graph would "
-            "lose; put the call into a module without weights of its own"
-        )
-
-    return classmethod(refuse)
-
-
-def _parameters_of(tracer: Tracer) -> Callable[..., Any]:
-    # Else `next(self.parameters()).device` would be the device of a copy without values.
-    def parameters(module: nn.Module, recurse: bool = True) -> Iterator[Any]:
-        for _, parameter in module.named_parameters(recurse=recurse):
-            name = tracer.names.get(id(parameter))
-            yield parameter if name is None else tracer.read(name, parameter)
-
-    return parameters
-
-
-def _counted(tracer: Tracer, method: Callable[..., Any], step: int) -> Callable[..., Any]:
-    def count(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == tracer.thread:
-            tracer.num_contexts += step
-        return method(*args, **kwargs)
-
-    return count
-
-
-_plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
-
-
-def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    if type(value) is not CapturedProxy or name not in {**module._parameters, **module._buffers}:
-        return _plain_setattr(module, name, value)
-    node, owned = value.node, module._buffers.get(name)
-    if owned is not None and value.tracer.names.get(id(owned)) in value.tracer.exposed:
-        module._buffers.pop(name)  # a plain attribute after all
-        return _plain_setattr(module, name, value)
-    changed = node.args[0] if node.target in _IN_PLACE_FUNCTIONS else node
-    if (
-        owned is not None
-        and changed is value.tracer.read(value.tracer.names[id(owned)], owned).node
-    ):
-        return None  # `self.count += 1`: the buffer itself was changed
-    raise value.tracer.refusal(
-        f"forward assigns another tensor to the parameter or buffer {name!r}, which a graph does "
-        f"not record; change it in place: self.{name}.copy_(value)"
-    )
-
-
-def _training_of(tracer: Tracer) -> property:
-    def read(module: nn.Module) -> bool:
-        tracer.asked_training.add(module)
-        flag: bool = vars(module)["training"]
-        return flag
-
-    def write(module: nn.Module, mode: bool) -> None:
-        vars(module)["training"] = mode
-
-    return property(read, write)
-
-
-@contextmanager
-def _unchanged_random_state() -> Iterator[None]:
-    """Refuse a trace that drew random numbers, and put the generators back in any case."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-        drawn = (
-            random.getstate() != states[0]
-            or repr(np.random.get_state()) != repr(states[1])
-            or not torch.equal(torch.get_rng_state(), states[2])
-        )
-        if drawn:
-            raise CaptureError(
-                "forward draws random numbers in Python, which a graph would repeat at each call; "
-                "draw them with torch functions, or in a submodule without weights of its own"
-            )
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def failing_module(tracer: Tracer) -> str:
-    """Path of the innermost module whose call was being traced when tracing failed."""
-    paths = [path for path, _ in tracer.module_stack.values()]
-    return paths[-1] if paths else ""
-
-
-def source_line(err: BaseException) -> str:
-    """Name the last line outside torch and npas_fx that an error passed through."""
-    found = ""
-    for frame, line in _frames(err):
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("torch", "npas_fx", "contextlib", "unittest"):
-            found = f"{frame.f_code.co_filename}:{line}"
-    return found
-
-
-def _frames(err: BaseException) -> Iterator[tuple[Any, int]]:
-    traceback = err.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next

@@ -495,3 +495,24 @@ def test_float_rounding_of_shares():
     assert Budget.parse(0.29, model_parameters=100).parameters == 29
     assert Budget.parse("29%", model_parameters=100).parameters == 29
     assert BudgetSpec(0.5).of(make()) > 0
+
+
+def test_a_model_whose_own_forward_depends_on_the_mode_stays_whole(tmp_path):
+    class TwoWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            hidden = self.body(x).relu()
+            return (self.head(hidden), hidden) if self.training else self.head(hidden)
+
+    model, x = TwoWays(), torch.randn(3, 6)
+    shared = npas_fx.transform(model, 1.0, example_inputs=x)
+    assert [torch.equal(*pair) for pair in zip(shared(x), model(x), strict=True)] == [True, True]
+    npas_fx.save(shared, tmp_path)
+    others = (copy.deepcopy(shared), npas_fx.materialize(shared), npas_fx.load(tmp_path, TwoWays()))
+    for other in others:
+        assert torch.equal(other.eval()(x), model.eval()(x))
+    with pytest.raises(npas_fx.InfeasibleBudgetError, match="differs between train and eval"):
+        npas_fx.transform(model, 0.5)

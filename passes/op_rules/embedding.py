@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional
@@ -18,10 +19,8 @@ def lower_embedding(
         return Refusal("embedding with max_norm, which rewrites its weight in place")
     if module.sparse:
         return Refusal("embedding with sparse gradients")
-    if module.padding_idx is not None:
-        return Refusal("embedding with a padding row, whose value is fixed")
-    return graph.call_function(
-        functional.embedding,
-        (only_input(call), read("weight")),
-        {"scale_grad_by_freq": module.scale_grad_by_freq},
-    )
+    options: dict[str, Any] = {
+        "padding_idx": module.padding_idx,
+        "scale_grad_by_freq": module.scale_grad_by_freq,
+    }
+    return graph.call_function(functional.embedding, (only_input(call), read("weight")), options)

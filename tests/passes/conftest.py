@@ -1,22 +1,25 @@
 """The oracle of the capture tests: emitted and original agree in both modes, bit for bit."""
 
+import builtins
 import copy
 import random
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import npas_fx
 from npas_fx.errors import InfeasibleBudgetError
+from npas_fx.passes.patches import FACTORIES
 from npas_fx.passes.skeleton import clone, copy_with
 from npas_fx.verify import all_weights, generate
 
 
 def snapshot(model):
-    """All that a capture could change: attributes, flags, tensors, hooks, random states."""
+    """All that a capture could change: attributes, tensors, hooks, random states, torch itself."""
     return {
         "attributes": {path: dict(vars(part)) for path, part in model.named_modules()},
         "names": {
@@ -30,6 +33,13 @@ def snapshot(model):
             for source in (model.named_parameters(), model.named_buffers())
             for name, tensor in source
         },
+        "patched": (
+            *(builtins.isinstance, torch.is_tensor, nn.Module.parameters, nn.Module.__setattr__),
+            *(nn.Module.__call__, nn.Module.__getattr__, "training" in vars(nn.Module)),
+            *(vars(torch.autograd.Function).get("apply"), torch.no_grad.__enter__),
+            *(torch.autocast.__exit__, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
+            *(getattr(torch, name) for name in FACTORIES),
+        ),
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
     }
 
@@ -37,6 +47,7 @@ def snapshot(model):
 def assert_unchanged(model, before):
     after = snapshot(model)
     assert after["names"] == before["names"]
+    assert after["patched"] == before["patched"]
     assert after["attributes"].keys() == before["attributes"].keys()
     for path, attributes in before["attributes"].items():
         now = after["attributes"][path]

@@ -1,13 +1,16 @@
 """Constants that differ between the modes read the flag that decides; structure makes a leaf."""
 
+import operator
+
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
-from npas_fx.passes.modes import mode_patterns
 from npas_fx.passes.skeleton import copy_with
+from npas_fx.passes.tracer import Tracer
 
 
 class Block(nn.Module):
@@ -30,6 +33,13 @@ class Told(nn.Module):
 
     def forward(self, x, is_training):
         return F.dropout(self.fc(F.dropout(x, 0.5, is_training)), 0.5, self.training)
+
+
+class ToldLater(Told):
+    """The same the other way round."""
+
+    def forward(self, x, is_training):
+        return F.dropout(self.fc(F.dropout(x, 0.5, self.training)), 0.5, is_training)
 
 
 class Branch(nn.Module):
@@ -128,19 +138,126 @@ def test_a_constant_of_two_flags_is_refused(refuses):
     refuses(model, torch.randn(3, 4), match="training flags of more than one module")
 
 
-def test_patterns_name_each_path_and_no_pair_of_paths():
-    for count in (1, 2, 3, 5, 8, 9):
-        paths = frozenset(f"m{k}" for k in range(count))
-        patterns = mode_patterns(paths)
-        codes = {path: tuple(pattern[path] for pattern in patterns) for path in paths}
-        assert len(set(codes.values())) == count
-        pairs = {
-            tuple(a and b for a, b in zip(codes[p], codes[q], strict=True))
-            for p in paths
-            for q in paths
-            if p != q
-        }
-        assert not pairs & set(codes.values())
+@pytest.fixture
+def num_traces(monkeypatch):
+    """How often models were traced since the fixture was made."""
+    traced = []
+    trace_once = Tracer.trace_mode
+
+    def count(tracer, root):
+        traced.append(root)
+        return trace_once(tracer, root)
+
+    monkeypatch.setattr(Tracer, "trace_mode", count)
+    return lambda: len(traced)
+
+
+def test_few_traces_tell_whose_flag_each_of_many_blocks_follows(num_traces, check, same):
+    blocks = nn.Sequential(*(Block() for _ in range(12)))
+    captured = capture(blocks)
+    assert num_traces() <= 4
+    assert {str(n.target) for n in captured.graph.nodes if "training" in str(n.target)} == {
+        f"{k}.training" for k in range(12)
+    }
+    emitted = check(blocks, torch.randn(3, 4))
+    for path in ("0", "1", "7", "11"):
+        partially(blocks, emitted, path, same, (torch.randn(5, 4),))
+
+
+def test_a_root_that_drops_out_too_costs_no_further_trace(num_traces):
+    blocks = nn.Sequential(*(Block() for _ in range(12)))
+    model = run(lambda self, x: F.dropout(self.blocks(x), 0.2, self.training), blocks=blocks)
+    capture(model)
+    assert num_traces() <= 4
+
+
+def test_flags_handed_down_two_levels(check, same):
+    def forward(self, x, is_training):
+        return self.told(F.dropout(x, 0.3, self.training), is_training)
+
+    model = run(
+        lambda self, x: self.second(self.first(x, self.training), self.training),
+        first=run(forward, told=Told()),
+        second=run(forward, told=Told()),
+    )
+    emitted = check(model, torch.randn(3, 4))
+    for path in ("first", "first.told", "second", "second.told"):
+        partially(model, emitted, path, same, (torch.randn(5, 4),))
+
+
+def test_the_flag_of_a_sibling_may_be_returned_and_handed_on(check, same):
+    class Tells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.dropout(self.fc(x), 0.5, self.training), self.training
+
+    def forward(self, x):
+        x, flag = self.tells(x)
+        return self.test(self.told(x, flag))
+
+    model = run(forward, tells=Tells(), test=Block(), told=ToldLater())  # in turn 1, 0, 1
+    emitted = check(model, torch.randn(3, 4))
+    for path in ("tells", "test", "told"):
+        partially(model, emitted, path, same, (torch.randn(5, 4),))
+
+
+def test_the_flag_of_a_sibling_may_be_read_and_handed_on(num_traces, check, same):
+    def forward(self, x):
+        return self.c(self.b(self.a(x)), self.a.training)
+
+    model = run(forward, a=Block(), b=Block(), c=ToldLater())
+    capture(model)
+    assert num_traces() <= 6
+    emitted = check(model, torch.randn(3, 4))
+    for path in "abc":
+        partially(model, emitted, path, same, (torch.randn(5, 4),))
+
+
+def test_a_flag_that_a_finished_call_left_behind_is_found(check, same):
+    def leave(self, x):
+        self.left = self.training
+        return self.fc(x)
+
+    def forward(self, x):
+        return F.dropout(self.block(self.leaves(x)), 0.5, self.leaves.left)
+
+    model = run(forward, block=Block(), leaves=run(leave, fc=nn.Linear(4, 4)))
+    model.leaves.left = True
+    emitted = check(model, torch.randn(3, 4))
+    partially(model, emitted, "leaves", same, (torch.randn(5, 4),))
+
+
+def test_what_train_itself_sets_keeps_the_mode_of_the_innermost_module(check, same):
+    class Sets(Block):
+        def train(self, mode=True):
+            self.rate = 0.5 if mode else 0.1
+            return super().train(mode)
+
+        def forward(self, x):
+            return F.dropout(self.fc(x), self.rate, True)
+
+    model = run(lambda self, x: self.b(self.a(x)), a=Block(), b=nn.Sequential(Sets(), Block()))
+    emitted = check(model, torch.randn(3, 4))
+    partially(model, emitted, "b.0", same, (torch.randn(5, 4),))
+    check(nn.Sequential(Sets(), Sets()), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("combine", [operator.and_, operator.or_, operator.xor], ids=str)
+def test_a_constant_of_the_flags_of_parent_and_child_is_refused(combine, refuses):
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, flag):
+            own = self.training
+            return F.dropout(F.dropout(self.fc(x), 0.1, own), 0.5, combine(own, flag))
+
+    model = run(lambda self, x: self.child(x, self.training), child=Child())
+    refuses(model, torch.randn(3, 4), match="training flags of more than one module")
 
 
 def test_probabilities_that_depend_on_the_mode(check, same):
@@ -156,7 +273,7 @@ def test_a_branching_module_is_a_leaf_and_its_neighbours_are_shared(check):
     body = nn.Sequential(nn.Linear(4, 4), Branch(), nn.Linear(4, 4))
     model = run(lambda self, x: self.body(x), body=body)
     captured = capture(model)
-    reason = "its code differs between train and eval mode"
+    reason = "code that differs between train and eval mode"
     assert captured.leaves["body.1"] == reason
     kept = {item.name: item.reason for item in captured.inventory.kept}
     assert kept["body.1.fc.weight"] == kept["body.1.extra.bias"] == reason
@@ -181,11 +298,16 @@ def test_drop_path_is_a_module_call(check, same):
     partially(model, emitted, "body.1", same, (torch.randn(8, 4),))
 
 
-def test_a_root_that_branches_is_refused(refuses):
+def test_a_root_that_branches_stays_a_call_as_a_whole():
     def forward(self, x):
         return self.fc(x) if self.training else x
 
-    refuses(run(forward, fc=nn.Linear(4, 4)), torch.randn(3, 4), match="another way")
+    captured = capture(run(forward, fc=nn.Linear(4, 4)))
+    assert captured.inventory.sites == ()
+    reasons = {kept.name: kept.reason for kept in captured.inventory.kept}
+    assert reasons == dict.fromkeys(
+        ("fc.weight", "fc.bias"), "code that differs between train and eval mode"
+    )
 
 
 def test_norm_frozen_by_an_overridden_train_stays_frozen(check):

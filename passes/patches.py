@@ -1,0 +1,175 @@
+"""What Python and torch are patched with while tracing, so that they hide nothing from it."""
+
+from __future__ import annotations
+
+import builtins
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from npas_fx.errors import CaptureError
+from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS, CapturedProxy
+
+if TYPE_CHECKING:
+    from npas_fx.passes.tracer import Tracer
+
+# Called without a traced value, these would run while tracing and leave a constant behind: a random
+# draw that is the same at every call, a buffer that in-place operations change for good.
+FACTORIES = (
+    *("arange", "as_tensor", "bartlett_window", "blackman_window", "empty", "eye", "from_numpy"),
+    *("full", "hamming_window", "hann_window", "linspace", "logspace", "normal", "ones", "rand"),
+    *("randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices"),
+    *("asarray", "kaiser_window", "zeros"),
+)
+_CONTEXTS = (
+    *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode),
+    torch.autocast,
+)
+
+_LOCK = threading.Lock()
+_plain_isinstance = builtins.isinstance
+_plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
+
+
+@contextmanager
+def patches(tracer: Tracer) -> Iterator[None]:
+    """Patch Python and torch for this trace only, and undo it in any case."""
+    if not _LOCK.acquire(blocking=False):
+        raise CaptureError("another capture is running in this process; wait until it is done")
+    try:
+        with ExitStack() as stack:
+            for owner, name, value in _replacements(tracer):
+                is_new = not hasattr(owner, name)
+                stack.enter_context(mock.patch.object(owner, name, value, create=is_new))
+            stack.enter_context(_unchanged_random_state())
+            stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+            yield
+    finally:
+        _LOCK.release()
+
+
+def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
+    for name in FACTORIES:
+        yield torch, name, _recorded(tracer, getattr(torch, name))
+    yield builtins, "isinstance", _isinstance
+    yield torch, "is_tensor", _is_tensor
+    yield nn.Module, "parameters", _parameters_of(tracer)
+    yield nn.Module, "__setattr__", _set_attribute
+    yield nn.Module, "training", _training_of(tracer)
+    yield torch.autograd.Function, "apply", _refuse_function(tracer)
+    for context in _CONTEXTS:
+        yield context, "__enter__", _counted(tracer, context.__enter__, 1)
+        yield context, "__exit__", _counted(tracer, context.__exit__, -1)
+
+
+def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != tracer.thread:  # a data loader's, say
+            return factory(*args, **kwargs)
+        return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    return record
+
+
+def _isinstance(value: Any, kind: Any) -> bool:
+    # A proxy is no Tensor, so user code would take the wrong branch without a word.
+    if type(value) is CapturedProxy and not _plain_isinstance(value, kind):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] not in ("torch", "npas_fx"):
+            return value.is_instance(kind)
+    return _plain_isinstance(value, kind)
+
+
+def _is_tensor(value: Any) -> bool:
+    if type(value) is CapturedProxy:
+        return value.is_instance(Tensor)
+    return _plain_isinstance(value, Tensor)
+
+
+def _refuse_function(tracer: Tracer) -> Any:
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise tracer.refusal(
+            f"it calls the torch.autograd.Function {cls.__name__}, whose backward a graph would "
+            "lose; put the call into a module without weights of its own"
+        )
+
+    return classmethod(refuse)
+
+
+def _parameters_of(tracer: Tracer) -> Callable[..., Any]:
+    # Else `next(self.parameters()).device` would be the device of a copy without values.
+    def parameters(module: nn.Module, recurse: bool = True) -> Iterator[Any]:
+        for _, parameter in module.named_parameters(recurse=recurse):
+            name = tracer.names.get(id(parameter))
+            yield parameter if name is None else tracer.read(name, parameter)
+
+    return parameters
+
+
+def _counted(tracer: Tracer, method: Callable[..., Any], step: int) -> Callable[..., Any]:
+    def count(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == tracer.thread:
+            tracer.num_contexts += step
+        return method(*args, **kwargs)
+
+    return count
+
+
+def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    if type(value) is not CapturedProxy or name not in {**module._parameters, **module._buffers}:
+        return _plain_setattr(module, name, value)
+    node, tracer, owned = value.node, value.tracer, module._buffers.get(name)
+    owned_name = tracer.names.get(id(owned))
+    if owned is not None and owned_name is not None:
+        if owned_name in tracer.exposed:
+            module._buffers.pop(name)  # a plain attribute after all
+            return _plain_setattr(module, name, value)
+        changed = node.args[0] if node.target in IN_PLACE_FUNCTIONS else node
+        if changed is tracer.read(owned_name, owned).node:
+            return None  # `self.count += 1`: the buffer itself was changed
+    raise tracer.refusal(
+        f"forward assigns another tensor to the parameter or buffer {name!r}, which a graph does "
+        f"not record; change it in place: self.{name}.copy_(value)"
+    )
+
+
+def _training_of(tracer: Tracer) -> property:
+    def read(module: nn.Module) -> bool:
+        tracer.note_asked(module)
+        flag: bool = vars(module)["training"]
+        return flag
+
+    def write(module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    return property(read, write)
+
+
+@contextmanager
+def _unchanged_random_state() -> Iterator[None]:
+    """Refuse a trace that drew random numbers, and put the generators back in any case."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+        drawn = (
+            random.getstate() != states[0]
+            or repr(np.random.get_state()) != repr(states[1])
+            or not torch.equal(torch.get_rng_state(), states[2])
+        )
+        if drawn:
+            raise CaptureError(
+                "forward draws random numbers in Python, which a graph would repeat at each call; "
+                "draw them with torch functions, or in a submodule without weights of its own"
+            )
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

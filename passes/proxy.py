@@ -1,0 +1,121 @@
+"""The traced value: what stands for a tensor (or its shape, dtype, …) while ``forward`` runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from npas_fx.passes.tracer import Tracer
+
+_IN_PLACE = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
+IN_PLACE_FUNCTIONS = frozenset(getattr(operator, name) for name in _IN_PLACE)
+
+_OWN_FIELDS = frozenset({"node", "tracer", "_known"})
+_KNOWN_OF_WEIGHTS = ("shape", "dtype", "ndim", "size", "dim", "numel")
+
+
+class CapturedProxy(fx.Proxy):
+    """A traced value; one that stands for a parameter or buffer answers questions on its shape."""
+
+    tracer: Tracer
+
+    def __init__(self, node: fx.Node, tracer: Tracer, known: Tensor | None = None) -> None:
+        super().__init__(node, tracer)
+        self._known = known
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":
+            raise self.tracer.refusal(
+                "forward makes a parameter, or a module with weights; make it in __init__"
+            )
+        if name not in _OWN_FIELDS:
+            raise self.tracer.refusal(
+                f"forward assigns to the attribute {name!r} of a traced value, which a graph does "
+                "not record; use an in-place method such as copy_ or requires_grad_"
+            )
+        super().__setattr__(name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if self._known is not None and name in _KNOWN_OF_WEIGHTS:
+            return getattr(self._known, name)
+        made = None if name.startswith("__") else self.made_type(assume_tensor=False)
+        if made is not None:
+            if not hasattr(made, name):
+                raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
+            if not callable(getattr(made, name)):
+                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        if self._known is None:
+            raise self.tracer.refusal("len() of a traced value is not known while tracing")
+        return len(self._known)
+
+    def __hash__(self) -> int:
+        made = self.made_type()
+        if made is not None and not issubclass(made, Tensor):
+            raise self.tracer.refusal(
+                f"forward looks a traced {made.__name__} up in a set or a dict; it is not known "
+                "while tracing"
+            )
+        return id(self)  # as a tensor
+
+    def __str__(self) -> str:
+        made = self.made_type()
+        if made in (torch.dtype, torch.device):
+            raise self.tracer.refusal(
+                f"forward asks for the text of a traced {made.__name__}, not known while tracing"
+            )
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    def __int__(self) -> int:
+        raise self.tracer.refusal("forward makes a Python number of a traced value")
+
+    def __float__(self) -> float:
+        raise self.tracer.refusal("forward makes a Python number of a traced value")
+
+    def is_instance(self, kind: Any) -> bool:
+        """What ``isinstance`` says of the value that this one stands for."""
+        if self._known is not None:
+            return isinstance(self._known, kind)
+        made = self.made_type()
+        if made is None:
+            raise self.tracer.refusal(
+                "forward asks for the type of a value that is not known while tracing; put the "
+                "question into a module without weights of its own"
+            )
+        return issubclass(made, kind)
+
+    def made_type(self, *, assume_tensor: bool = True) -> type | None:
+        """Type of the value, as far as the operation that makes it tells; None if it does not.
+
+        Args:
+            assume_tensor: whether an input of the model that no example tells about is a tensor.
+        """
+        return self.tracer.made_type(self.node, assume_tensor)
+
+
+def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: CapturedProxy, other: Any) -> Any:
+        # fx records `y += 1` as `y = y + 1`, and an alias of y misses the change.
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in _IN_PLACE:
+    setattr(CapturedProxy, f"__{_name}__", _in_place(getattr(operator, _name)))

@@ -1,0 +1,89 @@
+"""What a graph of a model would get wrong is refused before anything is traced."""
+
+import types
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import npas_fx
+from npas_fx.passes.capture import capture
+
+
+class Model(nn.Module):
+    """Two linear layers, and what a test adds."""
+
+    def __init__(self, forward=None, **attributes):
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b = nn.Linear(6, 4)
+        self._forward = forward
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def run(self, x):
+        return self.b(self.a(x).relu())
+
+    def forward(self, x):
+        return self.run(x) if self._forward is None else self._forward(self, x)
+
+
+def x(*shape):
+    return torch.randn(*(shape or (3, 4)))
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_root_are_refused(kind, refuses):
+    model = Model()
+    getattr(model, f"register_{kind}_hook")(lambda *args: None)
+    refuses(model, x(), match=f"itself has a {kind.removeprefix('full_')} hook")
+
+
+def test_wrapped_roots_are_refused(refuses):
+    with pytest.raises(npas_fx.CaptureError, match=r"DataParallel; pass model\.module"):
+        capture(nn.DataParallel(Model()))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Model())
+        with pytest.raises(npas_fx.CaptureError, match=r"DistributedDataParallel; pass model\.mod"):
+            capture(wrapped)
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(npas_fx.CaptureError, match="the model is compiled"):
+        capture(torch.compile(Model(), backend="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(npas_fx.CaptureError, match="TorchScript"):
+        capture(scripted)
+    with pytest.raises(TypeError, match=r"not a torch\.nn\.Module"):
+        capture(lambda x: x)
+
+
+def test_two_parameters_over_one_memory_are_refused(refuses):
+    model = Model(lambda self, x: self.run(x) + self.b(self.c(x)), c=nn.Linear(4, 6))
+    model.c.weight = nn.Parameter(model.a.weight.data)
+    refuses(model, x(), match=r"c\.weight and a\.weight are two tensors over the same memory")
+    model = Model(lambda self, x: self.run(x) + self.view.sum())
+    model.register_buffer("view", model.a.weight.detach())
+    refuses(model, x(), match=r"view and a\.weight are two tensors")
+
+
+def test_instance_level_forward(check, refuses):
+    model = Model()
+    model.forward = types.MethodType(lambda self, x: self.b(self.a(x)) * 3, model)
+    model.b.forward = types.MethodType(lambda self, x: F.linear(x, self.weight) * 2, model.b)
+    emitted = check(model, x())
+    assert emitted.plan.kept["b.weight"] == "Linear with a forward of its own"
+
+    model = Model()
+    plain = model.a.forward
+    model.a.forward = lambda x: plain(x) * 2
+    refuses(model, x(), match="'a' has a forward of its own")
+    model = Model()
+    outer = model.forward
+    model.forward = lambda x: outer(x) * 2
+    refuses(model, x(), match="'Model' has a forward of its own")
