@@ -154,6 +154,7 @@ def _measure_memory(args: argparse.Namespace, budget: str, batch: int) -> float:
 
 
 def _print_peak_memory(args: argparse.Namespace) -> None:
+    npas_fx.plan(WideResNet(10, 1), 0.5)  # so that the plain process has loaded the solver too
     model = _build(args, None if args.memory_of == "plain" else float(args.memory_of))
     step = _stepper(args, model, args.batches[0])
     for _ in range(3):

@@ -60,7 +60,10 @@ class StructureProfile:
         """Price of a bank that owns ``share`` of the parameters of its sites."""
         left, conflict, importance = self._spectrum(tuple(sites))
         if share > 1:
-            return _round(-EXCESS * importance * math.log2(share))
+            # Generating a weight costs time whatever the excess: rather two templates for half of
+            # the weights than a few more for all, and rather small banks than large ones.
+            worth = math.log2(share) if share > 2 else (share - 1) ** 2
+            return _round(-EXCESS * importance * worth * (1 - 1e-3 * min(len(sites), 100)))
         reach = share * (len(left) - 1)
         tail = float(np.interp(reach, np.arange(len(left)), left))
         return _round(tail + (1 - share) * (CONFLICT * conflict + SHARING * importance))
