@@ -129,7 +129,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Make the inputs of the graph; the emitted ``forward`` guards the constants of the call."""
+        """Make the inputs of the graph; the constants of the call are guarded by `forward`."""
         proxies = {
             name: self.create_proxy("placeholder", name, (), {}) for name in self.signature.names
         }

@@ -5,36 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from npas_fx.passes.capture import capture
-
-
-class Model(nn.Module):
-    """Two linear layers, and what a test adds."""
-
-    def __init__(self, forward=None, **attributes):
-        super().__init__()
-        self.a = nn.Linear(4, 6)
-        self.b = nn.Linear(6, 4)
-        self._forward = forward
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def run(self, x):
-        return self.b(self.a(x).relu())
-
-    def forward(self, x):
-        return self.run(x) if self._forward is None else self._forward(self, x)
-
-
-def reasons(model):
-    return {item.name: item.reason for item in capture(model).inventory.kept}
-
-
-def names(model):
-    return [site.name for site in capture(model).inventory.sites]
-
-
-def x(*shape):
-    return torch.randn(*(shape or (3, 4)))
+from two_layers import Model, names, reasons, x
 
 
 def parameter(*shape, **options):

@@ -9,31 +9,7 @@ from torch import nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 6)
-        self.b = nn.Linear(6, 4)
-        self.register_buffer("count", torch.zeros(()))
-
-    def pre(self, x):
-        return self.a(x).relu()
-
-    def run(self, x):
-        return self.b(self.pre(x))
-
-
-def net(forward, **attributes):
-    model = type("Model", (Net,), {"forward": forward})()
-    for name, value in attributes.items():
-        setattr(model, name, value)
-    return model
-
-
-def x():
-    return torch.randn(3, 4)
+from two_layers import net, x
 
 
 def test_random_numbers_are_fresh_at_each_call():

@@ -11,28 +11,7 @@ from torch import nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
-
-
-class Model(nn.Module):
-    """Two linear layers, and what a test adds."""
-
-    def __init__(self, forward=None, **attributes):
-        super().__init__()
-        self.a = nn.Linear(4, 6)
-        self.b = nn.Linear(6, 4)
-        self._forward = forward
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def run(self, x):
-        return self.b(self.a(x).relu())
-
-    def forward(self, x):
-        return self.run(x) if self._forward is None else self._forward(self, x)
-
-
-def x(*shape):
-    return torch.randn(*(shape or (3, 4)))
+from two_layers import Model, x
 
 
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward", "full_backward_pre"])
