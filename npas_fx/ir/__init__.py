@@ -1,9 +1,9 @@
 """The values that flow from step to step: budget, inventory, candidates, plan."""
 
+from npas_fx.ir.bank_plan import BankPlan, Certificate, Plan
 from npas_fx.ir.budget import Budget
 from npas_fx.ir.candidate import Candidate, Profile
 from npas_fx.ir.inventory import Inventory, Kept, Site
-from npas_fx.ir.plan import BankPlan, Certificate, Plan
 from npas_fx.ir.size import Size
 
 __all__ = [
