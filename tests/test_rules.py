@@ -243,6 +243,10 @@ def test_a_group_of_one_asks_for_nothing():
             r"'head.weight' cannot be in a bank.*\(excluded\)",
         ),
         (
+            {"same_bank": [["*.weight"]], "exclude": "head.weight"},
+            r"'head.weight' cannot be in a bank.*\(excluded\)",
+        ),
+        (
             {"same_bank": [["stem.weight", "head.weight"]], "include": "stem.weight"},
             r"'head.weight' cannot be in a bank.*\(not included\)",
         ),

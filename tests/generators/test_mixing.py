@@ -143,9 +143,10 @@ def test_gradients_are_those_of_the_formula(name, shapes, size):
     keys = list(GENERATORS[name].parameters(shapes, size))
 
     def generate(*values):
-        return GENERATORS[name].generate(
-            {**tensors, **dict(zip(keys, values, strict=True))}, shapes, size
-        )
+        given = {**tensors, **dict(zip(keys, values, strict=True))}
+        weights = GENERATORS[name].generate(given, shapes, size)
+        # Joined: of several outputs, gradcheck would ask for one gradient at a time.
+        return torch.cat([weight.flatten() for weight in weights])
 
     inputs = [tensors[key].clone().requires_grad_() for key in keys]
     assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
@@ -187,7 +188,24 @@ def test_a_weight_without_gradient_gives_none_to_its_rows():
 def test_gradients_of_gradients():
     torch.manual_seed(0)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (4, 2))]
-    assert torch.autograd.gradgradcheck(lambda t, c: mix(t, c, ((6,), (2, 2))), inputs)
+
+    def joined(templates, coefficients):
+        return torch.cat([w.flatten() for w in mix(templates, coefficients, ((6,), (2, 2)))])
+
+    assert torch.autograd.gradcheck(joined, inputs)
+    assert torch.autograd.gradgradcheck(joined, inputs)
+
+
+def test_a_weight_that_is_not_used_takes_no_part_in_the_gradient():
+    torch.manual_seed(0)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (5, 2))]
+    for used in ((0,), (1,), (0, 2), (1, 2)):
+
+        def some(templates, coefficients, used=used):
+            weights = mix(templates, coefficients, ((6,), (2, 2), (3,)))
+            return torch.cat([weights[k].flatten() for k in used])
+
+        assert torch.autograd.gradcheck(some, inputs)
 
 
 def test_moments_of_odd_weights():
