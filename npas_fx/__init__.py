@@ -2,6 +2,7 @@
 
 from npas_fx.api import (
     apply,
+    inspect,
     load,
     materialize,
     param_groups,
@@ -41,6 +42,7 @@ __all__ = [
     "StorageError",
     "VerificationError",
     "apply",
+    "inspect",
     "load",
     "materialize",
     "param_groups",

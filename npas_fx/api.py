@@ -13,7 +13,7 @@ from npas_fx import storage
 from npas_fx.build import build_banks, check_plan, give_birth
 from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
-from npas_fx.ir import Plan
+from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import EmittedModule, emission_of, emit
 from npas_fx.passes.skeleton import clone, copy_with, empty_like
@@ -119,6 +119,31 @@ def plan(
         same_bank=same_bank,
     )
     return make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Inventory:
+    """Say what a model is made of, before any planning.
+
+    The model is not run; it may be on the meta device.
+
+    Args:
+        model: any module that torch.fx traces; it is not changed.
+        example_inputs: as for ``transform``.
+        example_kwargs: as for ``transform``.
+
+    Returns:
+        The inventory: print it for its sites by kind and role, what stays and why, the blocks that
+        are repeated, and the share of the parameters that can be generated; or read its fields.
+
+    Raises:
+        CaptureError: torch.fx cannot trace the model; names the module and the reason.
+    """
+    return capture(_refuse_emitted(model), example_inputs, example_kwargs).inventory
 
 
 def apply(

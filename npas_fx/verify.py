@@ -63,8 +63,14 @@ def verify(
         VerificationError: outputs, gradients or buffers differ by more than the tolerances.
         CaptureError: the model itself fails on the example.
     """
-    args, kwargs = as_tuple(example_inputs), dict(example_kwargs or {})
+    args = tuple(map(_recordable, as_tuple(example_inputs)))
+    kwargs = {name: _recordable(value) for name, value in (example_kwargs or {}).items()}
     return tuple(_compare(shared, model, args, kwargs, mode, seed) for mode in (True, False))
+
+
+def _recordable(value: Any) -> Any:
+    """Copy a tensor that was made in inference mode: autograd refuses it, but not its copy."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _compare(
@@ -80,8 +86,13 @@ def _compare(
     buffers = {k: b.clone() for k, b in shared.named_buffers()}
     expected_buffers = {k: b.clone() for k, b in model.named_buffers()}
 
+    def copy_kept() -> dict[str, Tensor]:
+        # What stays may be written to by forward, as an embedding with max_norm is.
+        return {name: shared.get_parameter(name).clone() for name in emission_of(shared).plan.kept}
+
     def run_original() -> Any:
-        tensors = {**all_weights(shared, generate(shared)), **expected_buffers}
+        weights = {**all_weights(shared, generate(shared)), **copy_kept()}
+        tensors = {**weights, **expected_buffers}
         reference = copy_with(emission_of(shared).capture.skeleton, lambda name, _: tensors[name])
         return reference.train(is_training)(*args, **kwargs)
 
@@ -93,7 +104,11 @@ def _compare(
             "example that runs"
         ) from err
     with _mode(shared, is_training):
-        got = _run(lambda: functional_call(shared, buffers, args, kwargs), parameters, seed)
+        got = _run(
+            lambda: functional_call(shared, {**copy_kept(), **buffers}, args, kwargs),
+            parameters,
+            seed,
+        )
     updated = {name: buffers[name] for name in expected_buffers}
     return Comparison(
         mode=mode,
@@ -137,7 +152,7 @@ def _run(
         if isinstance(total, Tensor) and parameters:
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return output, {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
+        name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
     }
 

@@ -11,8 +11,9 @@ from torch import fx, nn
 from torch.nn import functional
 
 from npas_fx.ir import Inventory, Kept, Site
+from npas_fx.passes.blocks import find_repeats
 from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS
-from npas_fx.passes.roles import find_kind, find_roles, is_question
+from npas_fx.passes.roles import find_parts, is_question
 
 _CHANGES_FIRST = IN_PLACE_FUNCTIONS | {operator.setitem}
 
@@ -41,31 +42,38 @@ def take_inventory(
         for parameter in skeleton.get_submodule(path).parameters()
     }
     parameters = dict(skeleton.named_parameters())
+    matrices = {name: p for name, p in parameters.items() if p.dim() > 1 and name in reads_of}
+    parts = find_parts(
+        graph,
+        {name: reads_of[name] for name in matrices},
+        {name: tuple(parameter.shape) for name, parameter in matrices.items()},
+    )
     reasons = {
-        name: _why_kept(name, parameter, reads_of.get(name, ()), leaf_reasons.get(id(parameter)))
+        name: _why_kept(
+            name,
+            parameter,
+            reads_of.get(name, ()),
+            name in matrices and name not in parts,
+            leaf_reasons.get(id(parameter)),
+        )
         for name, parameter in parameters.items()
     }
-    shape_of = {
-        name: tuple(parameter.shape)
-        for name, parameter in parameters.items()
-        if reasons[name] is None
-    }
-    roles = find_roles(graph, {name: reads_of[name] for name in shape_of}, shape_of)
     device_of = {name: parameter.device for name, parameter in model.named_parameters()}
     sites = tuple(
         Site(
             name=name,
             aliases=tuple(names_of[id(parameters[name])][1:]),
-            shape=shape,
+            shape=tuple(parameters[name].shape),
             dtype=parameters[name].dtype,
             device=device_of[name],
-            kind=find_kind(reads_of[name]),
-            role=roles[name][0],
-            depth=roles[name][1],
+            kind=parts[name].kind,
+            role=parts[name].role,
+            depth=parts[name].depth,
             uses=len(_uses(reads_of[name])),
             held_row=_find_held_row(parameters[name], reads_of[name]),
         )
-        for name, shape in shape_of.items()
+        for name, reason in reasons.items()
+        if reason is None
     )
     kept = tuple(
         Kept(
@@ -79,11 +87,16 @@ def take_inventory(
         for name, reason in reasons.items()
         if reason is not None
     )
-    return Inventory(sites=sites, kept=kept)
+    repeats = find_repeats(graph, skeleton, {site.name for site in sites})
+    return Inventory(sites=sites, kept=kept, repeats=repeats)
 
 
 def _why_kept(
-    name: str, parameter: nn.Parameter, reads: Sequence[fx.Node], leaf: str | None
+    name: str,
+    parameter: nn.Parameter,
+    reads: Sequence[fx.Node],
+    is_vector: bool,
+    leaf: str | None,
 ) -> str | None:
     if not parameter.requires_grad:
         return "frozen"
@@ -97,6 +110,8 @@ def _why_kept(
         return "bias" if name.split(".")[-1] == "bias" else "vector"
     if parameter.numel() < 2:
         return "too small"
+    if is_vector:
+        return "vector"
     if any(map(_is_mutated, reads)):
         return "changed in place"
     lookups = [_lookup_options(user) for user in _uses(reads)]

@@ -2,44 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 from torch.nn import functional
 
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_CONVS = {functional.conv1d, functional.conv2d, functional.conv3d}
+_SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
+_SUMS |= {"add", "add_", "sub", "sub_"}
+_CATS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+_PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_KINDS: dict[Any, str] = {
+    functional.embedding: "embedding",
+    functional.linear: "linear",
+    functional.conv1d: "conv",
+    functional.conv2d: "conv",
+    functional.conv3d: "conv",
+}
+_QUESTIONS = ("device", "dtype", "shape", "ndim", "is_cuda")
+_SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The part that a weight plays.
+
+    Attributes:
+        kind: ``linear``, ``conv``, ``embedding`` or ``raw``: the operation that applies it.
+        role: the first of these that fits one of its uses:
+
+            - ``embedding``: a table that is looked up, or added or joined to values as it is;
+            - ``depthwise``: a convolution with one input channel a group;
+            - ``stem``, ``head``: no other weight before it, or behind it;
+            - ``residual_writer``: what it makes is added to the residual stream, or becomes it;
+            - ``shortcut``: the one weight of the shorter of two branches that are added;
+            - ``parallel_projection``: several weights, or parts of one, project the same value and
+              come together again before another weight (query, key and value; gate and up);
+            - ``residual_reader``: it reads the residual stream;
+            - ``other``.
+
+            The residual stream is what a branch that starts from a value is added or joined to:
+            that value, and the result.
+        depth: 0 at the input, 1 at the output, along the longest path; the mean over its uses.
+    """
+
+    kind: str
+    role: str
+    depth: float
 
 
 def is_question(node: fx.Node) -> bool:
-    """Whether an operation asks a tensor for its device or alike, and uses none of its values."""
-    return node.target is getattr and node.args[1] in ("device", "dtype", "shape", "is_cuda")
+    """Whether an operation asks a tensor for its shape or alike, and uses none of its values."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    return node.target is getattr and node.args[1] in _QUESTIONS
 
 
-def find_kind(reads: Sequence[fx.Node]) -> str:
-    """Name the operation that reads a weight: ``linear``, ``conv``, ``embedding`` or ``raw``."""
-    targets = [user.target for read in reads for user in read.users if user.op == "call_function"]
-    if functional.embedding in targets:
-        return "embedding"
-    if functional.linear in targets:
-        return "linear"
-    return "conv" if _CONVS.intersection(targets) else "raw"
-
-
-def find_roles(
+def find_parts(
     graph: fx.Graph,
     reads_of: Mapping[str, Sequence[fx.Node]],
     shape_of: Mapping[str, Sequence[int]],
-) -> dict[str, tuple[str, float]]:
-    """Find the role and the depth of each weight.
-
-    Roles: ``embedding``; ``depthwise`` (a convolution with one input channel a group); ``stem``
-    and ``head`` (no other weight before, or behind); ``residual_writer`` (what it makes is added to
-    the residual stream), ``shortcut`` (the shorter of two branches that are added);
-    ``parallel_projection`` (others read the same value: q, k, v); ``residual_reader``; ``other``.
+) -> dict[str, Part]:
+    """Find the part that each weight plays.
 
     Args:
         graph: in which every weight is read by a ``get_attr`` node.
@@ -47,120 +78,265 @@ def find_roles(
         shape_of: name of the weight -> its shape.
 
     Returns:
-        Name of the weight -> its role, and its depth from 0 to 1 along the longest path.
+        Name of the weight -> its part, without those that are vectors in all but their shape:
+        scales, class tokens and alike.
     """
-    return _Roles(graph, reads_of).find(shape_of)
+    flow = _Flow(graph, reads_of)
+    kinds = {name: _kind(flow, name) for name in reads_of}
+    vectors = {name for name in reads_of if _is_vector(shape_of[name], reads_of[name])}
+    tables = {name for name in reads_of if kinds[name] == "raw" and _is_table(flow, name)}
+    structure = _Structure(flow, tables | vectors)
+    deepest = max(structure.depth.values(), default=1)
+
+    def depth_of(name: str) -> float:
+        # A table is no step of its own: it is where the sum is that it goes into.
+        steps = [structure.depth[u] - (u in structure.applied) for u in flow.uses_of[name]]
+        return min(sum(steps) / max(len(steps), 1) / max(deepest - 1, 1), 1.0)
+
+    return {
+        name: Part(
+            kind=kinds[name],
+            role="embedding"
+            if name in tables or kinds[name] == "embedding"
+            else structure.role(flow.uses_of[name], shape_of[name]),
+            depth=depth_of(name),
+        )
+        for name in reads_of
+        if name not in vectors
+    }
 
 
-class _Roles:
+class _Flow:
+    """How values flow that depend on the inputs; and which operation applies which weight.
+
+    Between a weight and the operation that applies it may be others, of constants alone: a view, a
+    lookup of positions, a resized table.
+    """
+
     def __init__(self, graph: fx.Graph, reads_of: Mapping[str, Sequence[fx.Node]]) -> None:
-        read = {node: name for name, nodes in reads_of.items() for node in nodes}
-        self.applied: dict[fx.Node, list[str]] = {}  # operation -> weights that it applies
-        self.operations: dict[str, list[fx.Node]] = {name: [] for name in reads_of}
-        constant: dict[fx.Node, list[str]] = {}  # no input of the model takes part -> its weights
-        self.before: dict[fx.Node, int] = {}  # operations that apply a weight, as a bit set
-        self.depth: dict[fx.Node, int] = {}
-        self.bit: dict[fx.Node, int] = {}
+        self.graph: nx.DiGraph[fx.Node] = nx.DiGraph()
+        self.weights_of: dict[fx.Node, list[str]] = {}
+        self.uses_of: dict[str, list[fx.Node]] = {name: [] for name in reads_of}
+        self.looked_up: set[str] = set()  # by indices, on the way to what applies them
+        self.from_input: set[fx.Node] = set()
+        read = {node: [name] for name, nodes in reads_of.items() for node in nodes}
+        constant: dict[fx.Node, list[str]] = {}  # -> the weights in it
         for node in graph.nodes:
             sources = node.all_input_nodes
             weights = [name for source in sources for name in constant.get(source, [])]
-            if node.op == "get_attr" or (sources and all(s in constant for s in sources)):
-                weights = [] if is_question(node) else weights
-                constant[node] = weights + ([read[node]] if node in read else [])
-                continue
-            self.before[node] = self.depth[node] = 0
-            for source in sources:
-                self.before[node] |= self.before.get(source, 0)
-                self.depth[node] = max(self.depth[node], self.depth.get(source, 0))
-            if weights and node.op != "output":
-                self.applied[node] = weights
-                self.bit[node] = 1 << len(self.bit)
+            is_applied = weights and node.target in _KINDS
+            is_constant = node.op != "placeholder" and all(s in constant for s in sources)
+            if is_question(node):
+                constant[node] = []
+            elif is_constant and not is_applied:
+                constant[node] = [*weights, *read.get(node, [])]
+                if node.target in (operator.getitem, torch.index_select) and len(sources) > 1:
+                    self.looked_up.update(weights)
+            elif node.op != "output":
+                values = [source for source in sources if source not in constant]
+                self.graph.add_node(node)
+                self.graph.add_edges_from((value, node) for value in values)
+                if node.op == "placeholder" or not self.from_input.isdisjoint(values):
+                    self.from_input.add(node)
+                if weights:
+                    self.weights_of[node] = weights
+                    for name in dict.fromkeys(weights):
+                        self.uses_of[name].append(node)
+
+    def values(self, node: fx.Node) -> list[fx.Node]:
+        """What an operation is given, without constants."""
+        return list(self.graph.predecessors(node)) if node in self.graph else []
+
+
+def _kind(flow: _Flow, name: str) -> str:
+    kinds = {_KINDS.get(node.target, "raw") for node in flow.uses_of[name]}
+    return min(kinds, key=("embedding", "linear", "conv", "raw").index, default="raw")
+
+
+def _is_vector(shape: Sequence[int], reads: Sequence[fx.Node]) -> bool:
+    """Whether one dimension at most is larger than 1, and no layer is made of it as it is."""
+    is_layer = any(user.target in _KINDS for read in reads for user in read.users)
+    return math.prod(shape) == max(shape, default=1) and not is_layer
+
+
+def _is_table(flow: _Flow, name: str) -> bool:
+    uses = flow.uses_of[name]
+    is_added = bool(uses) and all(node.target in _SUMS | _CATS for node in uses)
+    return is_added or name in flow.looked_up
+
+
+class _Structure:
+    """Which values a residual stream is made of, and which operations read and write it.
+
+    Sets of operations are bit sets (a network has thousands, and each value needs the set of those
+    before it): bit ``k`` stands for the ``k``-th *event*, an operation that applies a weight or a
+    *join*, where a branch comes back to the value that it started from.
+    """
+
+    def __init__(self, flow: _Flow, no_steps: set[str]) -> None:
+        self.flow = flow
+        self.applied = {
+            node for node, weights in flow.weights_of.items() if not no_steps.issuperset(weights)
+        }
+        self.depth: dict[fx.Node, int] = {}  # operations on the longest path here, with its own
+        self.events: list[fx.Node] = []
+        self.bit: dict[fx.Node, int] = {}
+        self.before: dict[fx.Node, int] = {}  # operations before a value
+        self.last: dict[fx.Node, int] = {}  # events before it with no other event in between
+        self.writers = self.shortcuts = self.parallel = self.in_branch = self.stream = 0
+        started_from: list[fx.Node] = []  # the values that branches start from
+        for node in flow.graph:
+            values = flow.values(node)
+            self.before[node] = _union(self.before[value] for value in values)
+            self.last[node] = _union(self.last[value] for value in _ungated(values, node, self))
+            self.depth[node] = max((self.depth[value] for value in values), default=0)
+            if node in self.applied:
+                self._add_event(node)
                 self.before[node] |= self.bit[node]
                 self.depth[node] += 1
-                for name in weights:
-                    self.operations[name].append(node)
-        self.has_successor = 0
-        for node, bit in self.bit.items():
-            self.has_successor |= self.before[node] & ~bit
-        self.writers: dict[fx.Node, str] = {}
-        self.streams: set[fx.Node] = set()
-        for node in graph.nodes:
-            if node.target in _ADD and len(node.all_input_nodes) == 2 and node in self.depth:
-                self._note_sum(node, *node.all_input_nodes)
+            elif len(values) > 1:
+                started = self._join(node, values)
+                if started is None:
+                    self._note_meeting(node, values)
+                else:
+                    started_from += started
+                    self._add_event(node)
+                    self.stream |= self.bit[node]
+        for value in started_from:
+            trunk = self.last[value] & ~self.in_branch
+            self.stream |= trunk
+            self.writers |= trunk
+        self.has_successor = _union(map(self._earlier, self.applied))
+        self._note_split_projections()
 
-    def _note_sum(self, node: fx.Node, left: fx.Node, right: fx.Node) -> None:
-        if left not in self.depth or right not in self.depth:
-            return
-        for branch, other in ((left, right), (right, left)):
-            last = self._last_operation(branch)
-            if last is None or self.before[other] & self.bit[last]:
-                continue  # the other branch starts from it: this one is the stream itself
-            is_longer = self.depth[branch] >= self.depth[other]
-            self.writers.setdefault(last, "residual_writer" if is_longer else "shortcut")
-            self.streams.add(node)
-            if not self.before[other] & ~self.before[branch]:  # the branch starts from it
-                self._note_stream(other)
+    def _add_event(self, node: fx.Node) -> None:
+        self.bit[node] = self.last[node] = 1 << len(self.events)
+        self.events.append(node)
 
-    def _note_stream(self, node: fx.Node) -> None:
-        """Note a value and those that it was made from without weights, back to a weight's."""
-        sources = [node]
-        while len(sources) == 1:
-            self.streams.add(sources[0])
-            if sources[0] in self.applied:
-                return
-            sources = [source for source in sources[0].all_input_nodes if source in self.depth]
+    def _join(self, node: fx.Node, values: Sequence[fx.Node]) -> list[fx.Node] | None:
+        """Note what comes together; give the values that branches started from, None if none."""
+        if not self.flow.from_input.issuperset(values):
+            return None  # positions that are added, or alike
+        if node.target in _SUMS and len(values) == 2:
+            left, right = values
+            own = self.before[left] & ~self.before[right], self.before[right] & ~self.before[left]
+            if all(own):
+                return self._note_branches(values, own)
+            branches = {value: only for value, only in zip(values, own, strict=True) if only}
+        elif node.target in _CATS:
+            branches = {}
+            for value in values:
+                before = self.before[value]
+                earlier = [v for v in values if self.before[v] | before != self.before[v]]
+                start = _union(self.before[other] for other in earlier)
+                if earlier and start | before == before:
+                    branches[value] = before & ~start
+        else:
+            return None
+        if not branches:
+            return None
+        for value, only in branches.items():
+            self.in_branch |= only
+            self.writers |= self.last[value] & only
+        return [value for value in values if value not in branches]
 
-    def _last_operation(self, node: fx.Node) -> fx.Node | None:
-        """Walk back from a value through norms, activations and alike to the last weight."""
-        while node not in self.applied:
-            sources = [source for source in node.all_input_nodes if source in self.depth]
-            if len(sources) != 1:
-                return None
-            node = sources[0]
-        return node
+    def _note_branches(self, values: Sequence[fx.Node], own: Sequence[int]) -> list[fx.Node]:
+        """Note two branches that are added; one with a single, shallower weight is a shortcut."""
+        starts = [self._start_of(only) for only in own]
+        self.stream |= starts[0] & starts[1]
+        depths = [self.depth[value] for value in values]
+        for value, only, depth in zip(values, own, depths, strict=True):
+            self.in_branch |= only
+            if only.bit_count() == 1 and depth < max(depths):
+                self.shortcuts |= only
+            else:
+                self.writers |= self.last[value] & only
+        return []
 
-    def _reads_stream(self, node: fx.Node) -> bool:
-        sources = [source for source in node.all_input_nodes if source in self.depth]
-        while len(sources) == 1:
-            if sources[0] in self.streams:
-                return True
-            if sources[0] in self.applied:
-                return False
-            sources = [source for source in sources[0].all_input_nodes if source in self.depth]
-        return False
+    def _start_of(self, branch: int) -> int:
+        """Events that the first operations of a branch read."""
+        first = [node for node in self._events_in(branch) if not self._earlier(node) & branch]
+        return _union(map(self._given, first))
 
-    def find(self, shape_of: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, float]]:
-        deepest = max(self.depth.values(), default=1)
-        readers = Counter(node.all_input_nodes[0] for node in self.applied)
-        found = {}
-        for name, operations in self.operations.items():
-            # Deepest and shallowest use alike say where a weight that is used often is.
-            depths = [(self.depth[node] - 1) / max(deepest - 1, 1) for node in operations]
-            depth = sum(depths) / len(depths) if depths else 0.0
-            found[name] = self._role(operations, shape_of[name], readers), depth
-        return found
+    def _given(self, node: fx.Node) -> int:
+        return _union(self.last[value] for value in self.flow.values(node))
 
-    def _role(
-        self, operations: Sequence[fx.Node], shape: Sequence[int], readers: Counter[fx.Node]
-    ) -> str:
-        if not operations:
-            return "other"
-        if any(node.target is functional.embedding for node in operations):
-            return "embedding"
-        node = operations[0]
-        if node.target in _CONVS and shape[1] == 1 and _groups(node) > 1:
-            return "depthwise"
-        if all(self.before[node] == self.bit[node] for node in operations):
-            return "stem"
-        if not any(self.bit[node] & self.has_successor for node in operations):
-            return "head"
-        if node in self.writers:
-            return self.writers[node]
-        if readers[node.all_input_nodes[0]] > 1:
-            return "parallel_projection"
-        return "residual_reader" if self._reads_stream(node) else "other"
+    def _earlier(self, node: fx.Node) -> int:
+        return self.before[node] & ~self.bit[node]
+
+    def _note_meeting(self, node: fx.Node, values: Sequence[fx.Node]) -> None:
+        """Note operations on one value, or on what norms and alike make of it, that meet here."""
+        meeting = _union(self.last[value] for value in values)
+        on: dict[int, int] = defaultdict(int)
+        for event in self._events_in(meeting):
+            if event in self.applied:
+                on[self._given(event)] |= self.bit[event]
+        for together in on.values():
+            if together.bit_count() > 1:
+                self.parallel |= together
+
+    def _note_split_projections(self) -> None:
+        """Note operations whose result is taken apart, and the parts come together again."""
+        between = nx.subgraph_view(self.flow.graph, filter_node=lambda node: node not in self.bit)
+        for operation in self.applied:
+            node, parts = operation, []
+            while True:
+                users = list(self.flow.graph.successors(node))
+                parts = [user for user in users if _is_piece(user)]
+                if len(users) != 1 or users[0] in self.bit or self.flow.values(users[0]) != [node]:
+                    break
+                node = users[0]
+            reached = [{part, *nx.descendants(between, part)} for part in parts if part in between]
+            if any(not one.isdisjoint(other) for one, other in combinations(reached, 2)):
+                self.parallel |= self.bit[operation]
+
+    def _events_in(self, events: int) -> Iterator[fx.Node]:
+        while events:
+            yield self.events[(events & -events).bit_length() - 1]
+            events &= events - 1
+
+    def role(self, operations: Sequence[fx.Node], shape: Sequence[int]) -> str:
+        """Find the role of a weight that is no table."""
+        operations = [node for node in operations if node in self.applied]
+        mine = _union(self.bit[node] for node in operations)
+        given = _union(map(self._given, operations))
+        is_first = all(
+            not self._earlier(node) and node in self.flow.from_input for node in operations
+        )
+        fits = {
+            "depthwise": any(map(_is_grouped, operations)) and shape[1] == 1,
+            "stem": is_first,
+            "head": not mine & self.has_successor,
+            "residual_writer": mine & self.writers,
+            "shortcut": mine & self.shortcuts,
+            "parallel_projection": mine & self.parallel,
+            "residual_reader": given & self.stream,
+        }
+        return next((role for role, is_it in fits.items() if operations and is_it), "other")
 
 
-def _groups(node: fx.Node) -> int:
+def _union(sets: Iterable[int]) -> int:
+    union = 0
+    for each in sets:
+        union |= each
+    return union
+
+
+def _ungated(values: Sequence[fx.Node], node: fx.Node, structure: _Structure) -> Sequence[fx.Node]:
+    """Leave out a factor that was made from the other one: squeeze and excitation, or alike."""
+    if node.target in _PRODUCTS and len(values) == 2:
+        left, right = (structure.before[value] for value in values)
+        if left | right == right != left:
+            return values[:1]
+        if left | right == left != right:
+            return values[1:]
+    return values
+
+
+def _is_piece(node: fx.Node) -> bool:
+    return node.target in (operator.getitem, torch.narrow, "narrow", "select")
+
+
+def _is_grouped(node: fx.Node) -> bool:
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return groups if isinstance(groups, int) else 1
+    return _KINDS.get(node.target) == "conv" and isinstance(groups, int) and groups > 1

@@ -21,7 +21,7 @@ def _keep_freed_memory() -> None:
     far, up to 64 MiB. Generated weights are freed when backward is done with them, and making their
     pages anew cost 10 of 80 ms for each step of a WRN-16-4 at batch 4. The block is not touched.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 class Bank(nn.Module):

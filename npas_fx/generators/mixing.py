@@ -18,6 +18,10 @@ from npas_fx.ir import Size
 # of a large random weight is off by less anyway.
 MEAN_TOLERANCE = 0.02
 
+# The same seed draws the same bank whatever defaults of dtype and device the program has set; of
+# half precision there is not even a QR decomposition.
+_PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
+
 
 def mix(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
     """Generate the weights of all sites: ``W_i = sum_k c_ik T_k``, tile by tile.
@@ -181,15 +185,15 @@ def draw(
     std = math.sqrt(sum(m.std**2 for m in moments) / len(moments)) or 1.0
     tiles = [size.tiles(math.prod(shape)) for shape in shapes]
     tensors = {
-        "templates": torch.randn(size.num_templates, size.template_size, generator=random) * std,
-        "gain": torch.ones(len(shapes)),
-        "offset": torch.zeros(len(shapes)),
+        "templates": _normal(size.num_templates, size.template_size, random) * std,
+        "gain": torch.ones(len(shapes), **_PLAIN),
+        "offset": torch.zeros(len(shapes), **_PLAIN),
     }
     if has_coefficients:
         tensors["coefficients"] = _draw_rows(sum(tiles), size.num_templates, random)
     if size.num_partial:
-        tensors["partial"] = torch.zeros(1, size.num_partial)
-        constants = torch.randn(sum(tiles), size.partial_rows, generator=random)
+        tensors["partial"] = torch.zeros(1, size.num_partial, **_PLAIN)
+        constants = _normal(sum(tiles), size.partial_rows, random)
         tensors["partial_coefficients"] = functional.normalize(constants, dim=1)
     weights = mix_sites(tensors, shapes, size)
     last = 0
@@ -211,10 +215,14 @@ def draw(
     return tensors
 
 
+def _normal(rows: int, columns: int, random: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=random, **_PLAIN)
+
+
 def _draw_rows(rows: int, columns: int, random: torch.Generator) -> Tensor:
-    drawn = torch.randn(rows, columns, generator=random)
+    drawn = _normal(rows, columns, random)
     if columns == 1:
-        return drawn if rows > 1 else torch.ones(1, 1)  # of norm 1, tiles would be copies
+        return drawn if rows > 1 else torch.ones_like(drawn)  # of norm 1, tiles would be copies
     if rows <= columns:
         orthonormal: Tensor = torch.linalg.qr(drawn.T)[0].T.contiguous()
         return orthonormal

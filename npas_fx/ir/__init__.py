@@ -3,7 +3,7 @@
 from npas_fx.ir.bank_plan import BankPlan, Certificate, Plan
 from npas_fx.ir.budget import Budget
 from npas_fx.ir.candidate import Candidate, Profile
-from npas_fx.ir.inventory import Inventory, Kept, Site
+from npas_fx.ir.inventory import Inventory, Kept, Repeats, Site
 from npas_fx.ir.size import Size
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Kept",
     "Plan",
     "Profile",
+    "Repeats",
     "Site",
     "Size",
 ]

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from npas_fx.ir.globs import find_globs
+
+# What is printed at most; the fields of the inventory hold all.
+_MOST_GLOBS = 8  # in a row
+_MOST_REPEATS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +90,33 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """Modules that are the same block again: the same operations, on weights of the same shapes.
+
+    Attributes:
+        signature: a hash of what they compute, equal under renaming.
+        paths: of the modules, in the order in which they are called.
+        sites: names of the sites of each of them, those in the same place playing the same part.
+    """
+
+    signature: str
+    paths: tuple[str, ...]
+    sites: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """All parameters of a model, each exactly once: a site, or kept with a reason."""
+    """All parameters of a model, each exactly once: a site, or kept with a reason.
+
+    Attributes:
+        sites: what can be generated.
+        kept: what stays as it is.
+        repeats: the largest blocks of the model that are repeated.
+    """
 
     sites: tuple[Site, ...]
     kept: tuple[Kept, ...]
+    repeats: tuple[Repeats, ...] = ()
 
     def __iter__(self) -> Iterator[Site | Kept]:
         yield from self.sites
@@ -109,10 +141,92 @@ class Inventory:
         """Every name and alias of a parameter -> the name it goes by here."""
         return {alias: item.name for item in self for alias in (item.name, *item.aliases)}
 
+    @property
+    def coverage(self) -> float:
+        """Share of the trainable parameters that are in sites; 0 for a model without any."""
+        total = self.num_parameters
+        return 1 - self.num_kept / total if total else 0.0
+
     def __str__(self) -> str:
-        lines = [f"{len(self.sites)} sites, {len(self.kept)} parameters stay"]
-        for site in self.sites:
-            tied = f" = {', '.join(site.aliases)}" if site.aliases else ""
-            lines.append(f"  {site.name}{tied} {list(site.shape)} {site.kind}, {site.role}")
-        lines += [f"  {kept.name} {list(kept.shape)} stays: {kept.reason}" for kept in self.kept]
-        return "\n".join(lines)
+        head = (
+            f"{self.num_parameters:,} trainable parameters, {self.coverage:.1%} of them in "
+            f"{len(self.sites):,} sites, weights that can be generated"
+        )
+        tables = [self._sites_table(), self._kept_table(), self._repeats_table()]
+        with StringIO() as text:
+            for table in tables:
+                if table.row_count:
+                    Console(file=text, width=110, color_system=None).print(table)
+            lines = (line.rstrip() for line in text.getvalue().splitlines())
+            return "\n".join([head, *lines])
+
+    def _sites_table(self) -> Table:
+        table = _make_table("sites, from input to output", "kind", "role", "number", *_COUNTED)
+        rows: dict[tuple[str, str], list[Site]] = defaultdict(list)
+        for site in sorted(self.sites, key=lambda site: site.depth):
+            rows[site.kind, site.role].append(site)
+        for (kind, role), sites in rows.items():
+            table.add_row(kind, role, *self._cells(sites))
+        return table
+
+    def _kept_table(self) -> Table:
+        table = _make_table("what stays as it is", "reason", "number", *_COUNTED)
+        rows: dict[str, list[Kept]] = defaultdict(list)
+        for kept in self.kept:
+            rows[kept.reason].append(kept)
+        for reason, group in rows.items():
+            table.add_row(reason, *self._cells(group))
+        return table
+
+    def _repeats_table(self) -> Table:
+        table = _make_table(
+            "repeated blocks", "signature", "number", "sites in each", *_COUNTED[:2], "modules"
+        )
+        numel = {site.name: site.numel for site in self.sites}
+        sizes = [sum(numel[name] for names in r.sites for name in names) for r in self.repeats]
+        shown = sorted(sizes, reverse=True)[:_MOST_REPEATS]
+        for repeats, size in zip(self.repeats, sizes, strict=True):
+            if size >= shown[-1]:
+                table.add_row(
+                    repeats.signature,
+                    f"{len(repeats.paths):,}",
+                    f"{len(repeats.sites[0]):,}",
+                    f"{size:,}",
+                    self._share(size),
+                    _first_and_last(repeats.paths),
+                )
+        if table.row_count < len(sizes):
+            table.add_row(f"and {len(sizes) - table.row_count:,} smaller")
+        return table
+
+    def _cells(self, group: Sequence[Site | Kept]) -> Iterator[str]:
+        numel = sum(item.numel for item in group)
+        is_counted = all(isinstance(item, Site) or item.is_trainable for item in group)
+        yield f"{len(group):,}"
+        yield f"{numel:,}"
+        yield self._share(numel) if is_counted else "not counted"
+        yield _shorten(find_globs([item.name for item in group], self.names()))
+
+    def _share(self, numel: int) -> str:
+        share = numel / max(self.num_parameters, 1)
+        return "< 0.1%" if 0 < share < 5e-4 else f"{share:.1%}"
+
+
+_COUNTED = ("parameters", "share", "names")
+
+
+def _make_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        is_number = column in ("number", "sites in each", "parameters", "share")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    return table
+
+
+def _first_and_last(paths: Sequence[str]) -> str:
+    return ", ".join(paths if len(paths) < 5 else (*paths[:2], "…", paths[-1]))
+
+
+def _shorten(globs: Sequence[str]) -> str:
+    more = len(globs) - _MOST_GLOBS
+    return "\n".join([*globs[:_MOST_GLOBS], *([f"and {more:,} more"] if more > 0 else [])])

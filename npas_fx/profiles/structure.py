@@ -12,6 +12,19 @@ import numpy.typing as npt
 
 from npas_fx.ir import Inventory, Site
 
+# How much a parameter of a weight of each role matters, next to one of any other. Where each factor
+# comes from and what would change it: docs/decisions/0007-factors-of-roles.md.
+ROLE_FACTORS = {
+    "stem": 2.0,
+    "head": 2.0,
+    "embedding": 1.5,
+    "residual_writer": 1.25,
+    "residual_reader": 1.0,
+    "parallel_projection": 1.0,
+    "shortcut": 1.0,
+    "depthwise": 1.0,
+    "other": 1.0,
+}
 # How alike the ideal weights of two sites are taken to be: the sum of what they have in common.
 # Where the numbers come from, and how little that is: docs/decisions/0004-prices-from-structure.md.
 ALIKE = {"anything": 0.1, "kind": 0.2, "role": 0.4, "shape": 0.3}
@@ -88,14 +101,14 @@ class StructureProfile:
 def profile_structure(inventory: Inventory) -> StructureProfile:
     """Profile an inventory from the shapes, roles and depth of its sites."""
     sites = inventory.sites
-    numels = np.array([site.numel for site in sites], dtype=np.float64)
+    matters = np.array([site.numel * ROLE_FACTORS[site.role] for site in sites], dtype=np.float64)
     depth = np.array([site.depth for site in sites])
     similarity = np.array([[_similarity(a, b) for b in sites] for a in sites]).reshape(
         len(sites), len(sites)
     )
     nearness = np.exp(-math.log(DEPTH_DECAY) * np.abs(depth[:, None] - depth))
     return StructureProfile(
-        importance=numels / max(numels.sum(), 1),
+        importance=matters / max(matters.sum(), 1),
         likeness=similarity * nearness,
         similarity=similarity,
     )

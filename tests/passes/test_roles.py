@@ -93,7 +93,7 @@ TRUTH = {
         "stem": "stem",
         "same.read": "residual_reader",
         "same.write": "residual_writer",
-        "wide.read": "parallel_projection",
+        "wide.read": "residual_reader",
         "wide.write": "residual_writer",
         "wide.short": "shortcut",
         "depthwise": "depthwise",

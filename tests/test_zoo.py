@@ -1,0 +1,171 @@
+"""Twelve families of timm at four budgets, each against its own code with generated weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import npas_fx
+from npas_fx import plan_of
+from oracle import (
+    assert_close,
+    banks_of,
+    by_formula,
+    count_trainable,
+    generated,
+    gradients,
+    largest,
+    run_original,
+    same_tensors,
+    seeded,
+)
+from zoo import ZOO
+
+BUDGETS = (0.1, 0.5, 1.0, 2.0)
+MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+EXAMPLE_SIZE, BATCH_SIZE = 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at a budget; tests work on copies.
+
+    Attributes:
+        name: of the model.
+        budget: a share.
+        original: the model that was transformed.
+        shared: what came out.
+        moved: the same, away from birth: there, zeros and tiny factors hide what stands behind
+            them, such as the last norm of a residual branch.
+    """
+
+    name: str
+    budget: float
+    original: nn.Module
+    shared: nn.Module
+    moved: nn.Module
+
+    def inputs(self, batch_size: int = BATCH_SIZE) -> tuple[Tensor, ...]:
+        return ZOO[self.name].inputs(batch_size)
+
+
+@pytest.fixture(
+    scope="module",  # pytest runs all tests of a case together, then drops it
+    params=[(name, budget) for name in ZOO for budget in BUDGETS],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    name, budget = request.param
+    original = ZOO[name].make()
+    shared = npas_fx.transform(original, budget, example_inputs=ZOO[name].inputs(EXAMPLE_SIZE))
+    return Case(name, budget, original, shared, move(copy.deepcopy(shared)))
+
+
+def move(module: nn.Module) -> nn.Module:
+    """Add a tenth of its deviation to each tensor, and a tenth to each vector."""
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *statistics(module).values()):
+            scale = tensor.std() if tensor.dim() > 1 else 1.0
+            tensor += 0.1 * scale * torch.randn(tensor.shape, generator=noise)
+    return module
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The means and variances of batch norms."""
+    return {
+        name: buffer for name, buffer in module.named_buffers() if name.rpartition("running_")[1]
+    }
+
+
+def loss_of(output: Tensor) -> Tensor:
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return (output - target).square().mean()
+
+
+def call(module: nn.Module, inputs: tuple[Tensor, ...], *, mode: bool) -> Tensor:
+    """The output of a copy, with the same random numbers each time."""
+    copied = copy.deepcopy(module).train(mode)
+    with torch.no_grad():
+        return seeded(lambda: copied(*inputs))
+
+
+def assert_equal_outputs(
+    one: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...], *modes: bool
+) -> None:
+    for mode in modes:
+        assert torch.equal(call(one, inputs, mode=mode), call(other, inputs, mode=mode))
+
+
+def test_budget_is_used_to_the_last_parameter(case):
+    size = count_trainable(case.original)
+    assert count_trainable(case.shared) == int(case.budget * size + 1e-9)
+    assert plan_of(case.shared).parameters == count_trainable(case.shared)
+
+
+def test_banks_generate_what_the_formula_says(case):
+    with torch.no_grad():
+        for bank in banks_of(case.moved):
+            for weight, expected in zip(bank(), by_formula(bank), strict=True):
+                assert_close("weight", weight, expected.float(), torch.float32)
+
+
+@MODES
+def test_it_is_the_original_with_generated_weights(case, mode):
+    original, shared = copy.deepcopy(case.original).train(mode), copy.deepcopy(case.moved)
+    shared.train(mode)
+    x, dtype = case.inputs(), torch.float32
+    ours = dict(shared.named_buffers())
+    buffers = {name: ours[name].clone() for name, _ in original.named_buffers()}
+    parameters = dict(shared.named_parameters())
+    expected = seeded(
+        lambda: run_original(original, generated(shared, plan_of(shared)), shared, x, buffers)
+    )
+    got = seeded(lambda: shared(*x))
+    assert_close("output", got, expected, dtype)
+    for name, buffer in buffers.items():
+        assert_close(name, ours[name].double(), buffer.double(), dtype)
+    got_gradients = gradients(loss_of(got), parameters)
+    expected_gradients = gradients(loss_of(expected), parameters)
+    floor = 1e-3 * max(map(largest, expected_gradients.values()))
+    for name, gradient in expected_gradients.items():
+        assert largest(gradient) > 0, name
+        assert_close(name, got_gradients[name], gradient, dtype, is_gradient=True, floor=floor)
+
+
+def test_a_training_step_changes_every_parameter(case):
+    shared = copy.deepcopy(case.moved).train()
+    before = {name: p.detach().clone() for name, p in shared.named_parameters()}
+    optimizer = torch.optim.Adam(npas_fx.param_groups(shared, lr=1e-3, weight_decay=0.0))
+    loss = seeded(lambda: loss_of(shared(*case.inputs())))
+    loss.backward()
+    optimizer.step()
+    assert bool(loss.isfinite())
+    for name, tensor in (*shared.named_parameters(), *shared.named_buffers()):
+        assert bool(tensor.isfinite().all()), name
+        assert name not in before or not torch.equal(tensor, before[name]), name
+
+
+def test_save_and_load_are_bit_for_bit(case, tmp_path):
+    npas_fx.save(case.moved, tmp_path)
+    loaded = npas_fx.load(
+        tmp_path, ZOO[case.name].make(seed=5), example_inputs=case.inputs(EXAMPLE_SIZE)
+    )
+    assert plan_of(loaded) == plan_of(case.moved)
+    assert same_tensors(loaded, case.moved)
+    assert_equal_outputs(loaded, case.moved, case.inputs(), True, False)
+
+
+def test_materialized_it_is_a_plain_model(case):
+    plain = npas_fx.materialize(case.moved)
+    assert type(plain) is type(case.original)
+    assert plain.state_dict().keys() == case.original.state_dict().keys()
+    ZOO[case.name].make(seed=9).load_state_dict(plain.state_dict())  # strict
+    for name, weight in generated(case.moved, plan_of(case.moved)).items():
+        assert torch.equal(plain.get_parameter(name), weight), name
+    assert_equal_outputs(plain, case.moved, case.inputs(), False)
