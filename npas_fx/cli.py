@@ -127,7 +127,10 @@ def _build_model(target: str, meta: bool) -> tuple[nn.Module, Any]:
         _fail(f"{target}() raised {type(err).__name__}: {err}")
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        _fail(f"{target}() returned a {type(made).__name__}; return a model, or (model, inputs)")
+        _fail(
+            f"{target}() returned no model, but {type(made).__name__}; "
+            "return a model, or a model and its example inputs"
+        )
     return model, inputs
 
 

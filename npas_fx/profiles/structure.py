@@ -15,9 +15,9 @@ from npas_fx.ir import Inventory, Site
 # How much a parameter of a weight of each role matters, next to one of any other. Where each factor
 # comes from and what would change it: docs/decisions/0007-factors-of-roles.md.
 ROLE_FACTORS = {
-    "stem": 2.0,
-    "head": 2.0,
-    "embedding": 1.5,
+    "stem": 4.0,
+    "head": 4.0,
+    "embedding": 2.0,
     "residual_writer": 1.25,
     "residual_reader": 1.0,
     "parallel_projection": 1.0,

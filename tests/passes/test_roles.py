@@ -1,11 +1,21 @@
 """Roles come from the graph: small truth tables, equal under renaming."""
 
+import copy
+from collections import defaultdict
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from random import Random
+from string import ascii_lowercase
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from models import MODELS
 from npas_fx.passes.capture import capture
+from npas_fx.passes.inventory import take_inventory
+from zoo import ZOO
 
 
 class MLP(nn.Module):
@@ -121,29 +131,161 @@ def test_truth_tables(kind):
     assert not different
 
 
-class Renamed(nn.Module):
-    """Gives children other names, under which nothing can be read off."""
+# Real networks: a glob of names -> the role of these weights; of several globs the first that fits.
+ZOO_TRUTH = {
+    "resnet18": {
+        "conv1.*": "stem",
+        "*.conv1.*": "residual_reader",
+        "*.conv2.*": "residual_writer",
+        "*.downsample.*": "shortcut",
+        "fc.*": "head",
+    },
+    "resnet50": {
+        "conv1.*": "stem",
+        "*.conv1.*": "residual_reader",
+        "*.conv2.*": "other",
+        "*.conv3.*": "residual_writer",
+        "*.downsample.*": "shortcut",
+        "fc.*": "head",
+    },
+    "densenet121": {
+        "features.conv0.*": "stem",
+        "*.denselayer*.conv1.*": "residual_reader",
+        "*.denselayer*.conv2.*": "residual_writer",
+        "*.transition*.conv.*": "residual_writer",
+        "classifier.*": "head",
+    },
+    "mobilenetv3_small_100": {
+        "conv_stem.*": "stem",
+        "*.conv_dw.*": "depthwise",
+        "*.se.*": "other",
+        # The first block and the first of the second stage have no shortcut around them.
+        "blocks.0.0.conv_pw.*": "other",
+        "blocks.1.0.conv_pw.*": "other",
+        "*.conv_pw.*": "residual_reader",
+        "*.conv_pwl.*": "residual_writer",
+        "blocks.5.0.conv.*": "residual_reader",
+        "conv_head.*": "other",
+        "classifier.*": "head",
+    },
+    "convnext_atto": {
+        "stem.0.*": "stem",
+        "*.downsample.*": "residual_writer",
+        "*.conv_dw.*": "depthwise",
+        "*.mlp.fc1.*": "other",
+        "*.mlp.fc2.*": "residual_writer",
+        "head.fc.*": "head",
+    },
+    "vit_tiny_patch16_224": {
+        "pos_embed": "embedding",
+        "patch_embed.*": "stem",
+        "*.attn.qkv.*": "parallel_projection",
+        "*.attn.proj.*": "residual_writer",
+        "*.mlp.fc1.*": "residual_reader",
+        "*.mlp.fc2.*": "residual_writer",
+        "head.*": "head",
+    },
+    "swin_tiny_patch4_window7_224": {
+        "patch_embed.*": "stem",
+        "*.relative_position_bias_table": "embedding",
+        "*.attn.qkv.*": "parallel_projection",
+        "*.attn.proj.*": "residual_writer",
+        "*.mlp.fc1.*": "residual_reader",
+        "*.mlp.fc2.*": "residual_writer",
+        "*.downsample.*": "residual_writer",
+        "head.*": "head",
+    },
+    "regnety_002": {
+        "stem.*": "stem",
+        "*.conv1.*": "residual_reader",
+        "*.conv2.*": "other",
+        "*.se.*": "other",
+        "*.conv3.*": "residual_writer",
+        "*.downsample.*": "shortcut",
+        "head.*": "head",
+    },
+}
 
-    def __setattr__(self, name, value):
-        is_child = isinstance(value, nn.Module)
-        nn.Module.__setattr__(self, f"head_embedding_{name[::-1]}" if is_child else name, value)
 
-    def __getattr__(self, name):
-        children = vars(self)["_modules"]
-        return children.get(f"head_embedding_{name[::-1]}") or nn.Module.__getattr__(self, name)
+@pytest.mark.parametrize("name", ZOO_TRUTH)
+def test_truth_tables_of_real_networks(name):
+    with torch.device("meta"):
+        inventory = capture(ZOO[name].make()).inventory
+    wrong = {}
+    for site in inventory.sites:
+        globs = [glob for glob in ZOO_TRUTH[name] if fnmatchcase(site.name, glob)]
+        if not globs or ZOO_TRUTH[name][globs[0]] != site.role:
+            wrong[site.name] = site.role
+    assert not wrong
 
 
-@pytest.mark.parametrize("kind", TRUTH)
-def test_names_do_not_matter(kind, monkeypatch):
-    plain = capture(kind()).inventory.sites
-    for part in (MLP, ResidualBlock, ResidualCNN, Attention, Block, GPT):
-        for name in ("__setattr__", "__getattr__"):
-            monkeypatch.setattr(part, name, vars(Renamed)[name], raising=False)
-    renamed = capture(kind()).inventory.sites
-    assert {site.name for site in renamed}.isdisjoint(site.name for site in plain)
-    assert [(s.role, s.depth, s.kind, s.shape) for s in renamed] == [
-        (s.role, s.depth, s.kind, s.shape) for s in plain
+def test_gpt_of_the_tests_with_tied_embeddings():
+    model = MODELS["gpt"].make()
+    found = {site.name: site.role for site in capture(model).inventory.sites}
+    block = {
+        "attn.c_attn": "parallel_projection",
+        "attn.c_proj": "residual_writer",
+        "c_fc": "residual_reader",
+        "c_proj": "residual_writer",
+    }
+    assert found == {
+        "transformer.wte.weight": "embedding",
+        "transformer.wpe.weight": "embedding",
+        **{
+            f"transformer.h.{k}.{name}.weight": role
+            for k in range(2)
+            for name, role in block.items()
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["residual_cnn", "gpt", "recursive", *ZOO])
+def test_names_do_not_matter(name):
+    example = MODELS.get(name) or ZOO[name]
+    with torch.device("meta"):
+        captured = capture(example.make())
+    renamed, original_of = rename(captured)
+    inventory = captured.inventory
+    found = take_inventory(renamed.graph, renamed.leaves, renamed.skeleton, renamed.skeleton)
+    assert {site.name for site in found.sites}.isdisjoint(site.name for site in inventory.sites)
+    facts = [(original_of[s.name], s.role, s.kind, s.depth, s.shape) for s in found.sites]
+    assert facts == [(s.name, s.role, s.kind, s.depth, s.shape) for s in inventory.sites]
+    assert [(r.signature, tuple(original_of[p] for p in r.paths)) for r in found.repeats] == [
+        (repeats.signature, repeats.paths) for repeats in inventory.repeats
     ]
+
+
+def rename(captured):
+    """Give every module, tensor and node of a captured model a name of random letters."""
+    random = Random(0)
+    letters = defaultdict(lambda: "".join(random.choices(ascii_lowercase, k=12)))
+    skeleton = copy.deepcopy(captured.skeleton)
+    for part in list(skeleton.modules()):
+        for table in (part._modules, part._parameters, part._buffers):
+            items = [(letters[id(part), key], value) for key, value in table.items()]
+            table.clear()
+            table.update(items)
+    original_of = {}
+    for kind in ("named_modules", "named_parameters", "named_buffers"):
+        names = ([n for n, _ in getattr(m, kind)()] for m in (skeleton, captured.skeleton))
+        original_of.update(zip(*names, strict=True))
+    new_name = {old: new for new, old in original_of.items()}
+
+    def translate(path):
+        owner, _, flag = path.rpartition(".")
+        return f"{new_name[owner]}.{flag}" if flag == "training" else new_name.get(path, path)
+
+    graph = copy.deepcopy(captured.graph)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            node.target = translate(node.target)
+        node.name = letters[node]
+        node.meta["nn_module_stack"] = {
+            call.replace(path, new_name[path]): (new_name[path], kind)
+            for call, (path, kind) in node.meta.get("nn_module_stack", {}).items()
+        }
+    leaves = {new_name[path]: reason for path, reason in captured.leaves.items()}
+    return replace(captured, graph=graph, skeleton=skeleton, leaves=leaves), original_of
 
 
 @pytest.mark.parametrize("kind", TRUTH)
@@ -184,3 +326,148 @@ def test_a_reshaped_weight_has_the_role_of_its_operation():
             return self.b(y + torch.tanh(F.linear(y, self.raw.view(4, 4).t())))
 
     assert roles(Reshaped()) == {"a": "stem", "b": "head", "raw": "residual_writer"}
+
+
+class Roles(nn.Module):
+    """A network of named linear layers; ``body`` says what is between the first and the last."""
+
+    def __init__(self, body, **widths):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.body = body
+        for name, shape in widths.items():
+            self.add_module(name, nn.Linear(*shape))
+
+    def forward(self, x):
+        return self.last(self.body(self, self.first(x)))
+
+
+def roles_between(body, **widths):
+    found = roles(Roles(body, **widths))
+    assert found.pop("first") == "stem"
+    assert found.pop("last") == "head"
+    return found
+
+
+def test_gate_and_up_are_parallel_apart_and_in_one_weight():
+    def gated(self, x):
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return x + self.out(F.silu(gate) * up)
+
+    square = (8, 8)
+    shapes = {"gate": square, "up": square, "down": square, "both": (8, 16), "out": square}
+    assert roles_between(gated, **shapes) == {
+        "gate": "parallel_projection",
+        "up": "parallel_projection",
+        "down": "residual_writer",
+        "both": "parallel_projection",
+        "out": "residual_writer",
+    }
+
+
+def test_branches_that_are_summed_side_by_side():
+    def both(self, x):
+        y = F.layer_norm(x, (8,))
+        attention = self.out(F.softmax(self.q(y) @ self.k(y).mT, -1) @ self.v(y))
+        return x + attention + self.down(F.gelu(self.up(y)))
+
+    names = ("q", "k", "v", "out", "up", "down")
+    assert roles_between(both, **dict.fromkeys(names, (8, 8))) == {
+        **dict.fromkeys(("q", "k", "v"), "parallel_projection"),
+        "out": "residual_writer",
+        "up": "residual_reader",
+        "down": "residual_writer",
+    }
+
+
+def test_a_gate_does_not_hide_what_it_gates():
+    def excited(self, x):
+        y = self.write(F.relu(self.read(x)))
+        return x + y * torch.sigmoid(self.expand(F.relu(self.squeeze(y.mean(-2, keepdim=True)))))
+
+    assert roles_between(
+        excited, **dict.fromkeys(("read", "write", "squeeze", "expand"), (8, 8))
+    ) == {
+        "read": "residual_reader",
+        "write": "residual_writer",
+        "squeeze": "other",
+        "expand": "other",
+    }
+
+
+def test_a_skip_may_be_joined_instead_of_added():
+    def u_net(self, x):
+        inner = self.up(F.relu(self.middle(F.relu(self.down(x)))))
+        return self.fuse(torch.cat([x, inner], -1))
+
+    shapes = {"down": (8, 4), "middle": (4, 4), "up": (4, 8), "fuse": (16, 8)}
+    assert roles_between(u_net, **shapes) == {
+        "down": "residual_reader",
+        "middle": "other",
+        "up": "residual_writer",
+        "fuse": "residual_reader",
+    }
+
+
+def test_branches_without_a_common_start_are_no_residual_stream():
+    def inception(self, x):
+        return self.fuse(torch.cat([self.one(x), self.two(F.relu(self.before(x)))], -1))
+
+    shapes = {"one": (8, 8), "before": (8, 8), "two": (8, 8), "fuse": (16, 8)}
+    assert set(roles_between(inception, **shapes).values()) == {"other"}
+
+
+def test_one_weight_around_the_stream_reads_and_writes_it():
+    assert roles_between(lambda self, x: x + F.relu(self.only(x)), only=(8, 8)) == {
+        "only": "residual_writer"
+    }
+
+
+def test_weights_around_a_difference():
+    assert roles_between(
+        lambda self, x: x - self.noise(F.relu(self.read(x))), read=(8, 8), noise=(8, 8)
+    ) == {"read": "residual_reader", "noise": "residual_writer"}
+
+
+class Tables(nn.Module):
+    """Positions that are added, a bias that is looked up, a class token and a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.q, self.k = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.positions = nn.Parameter(torch.randn(1, 6, 8))
+        self.bias = nn.Parameter(torch.randn(11, 2))
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.scale = nn.Parameter(torch.randn(1, 1, 8))
+        self.register_buffer("index", torch.arange(36).view(6, 6) % 11)
+
+    def forward(self, x):
+        y = self.fc(x)
+        y = torch.cat([self.token.expand(y.shape[0], -1, -1), y], 1) + self.positions
+        scores = self.q(y) @ self.k(y).mT
+        return torch.softmax(scores + self.bias[self.index].sum(-1), -1) @ (y * self.scale)
+
+
+def test_tables_are_embeddings_and_vectors_stay():
+    inventory = capture(Tables()).inventory
+    assert {site.name: (site.kind, site.role) for site in inventory.sites} == {
+        "fc.weight": ("linear", "stem"),
+        "q.weight": ("linear", "head"),
+        "k.weight": ("linear", "head"),
+        "positions": ("raw", "embedding"),
+        "bias": ("raw", "embedding"),
+    }
+    reasons = {kept.name: kept.reason for kept in inventory.kept}
+    assert reasons["token"] == reasons["scale"] == "vector"
+
+
+def test_a_layer_of_one_output_is_no_vector():
+    inventory = capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))).inventory
+    assert [site.role for site in inventory.sites] == ["stem", "head"]
+
+
+def test_a_frozen_layer_still_counts_as_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    assert roles(model) == {"2": "other", "4": "head"}
