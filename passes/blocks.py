@@ -1,31 +1,52 @@
-"""Which modules of a model are the same block again: by what they compute, not by their names."""
+"""Which parts of a model are the same block again: by what they compute, not by their names."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
 from npas_fx.ir import Repeats
+from npas_fx.passes.tandem_repeats import find_tandem_repeats
+
+Block: TypeAlias = tuple[str, tuple[fx.Node, ...]]  # path, nodes
 
 
 def find_repeats(
     graph: fx.Graph, skeleton: nn.Module, sites: Collection[str]
 ) -> tuple[Repeats, ...]:
-    """Find the largest modules that compute the same with weights of the same shapes.
+    """Find the largest parts of a graph that compute the same with weights of the same shapes.
 
-    A block is what the first call of a module adds to the graph, with one weight or more that could
-    be generated; its signature is a hash of that, see ``sign``. A module that is called often is
-    one block, and blocks within blocks that are repeated are not listed again.
+    Candidates are what the first call of each module adds to the graph; and where no such parts
+    are repeated, stretches of two weights or more that come several times in a row. Whether two are
+    the same is said by ``sign``. Parts within parts that are repeated are not listed again.
 
     Args:
         graph: in which every weight is read by a ``get_attr`` node.
         skeleton: the model without its values.
         sites: names of the weights that could be generated.
     """
+    blocks = _repeated_modules(graph, skeleton, sites)
+    covered = {node for group in blocks for _, nodes in group for node in nodes}
+    blocks += _repeated_stretches(graph, skeleton, sites, covered)
+    place = {node: k for k, node in enumerate(graph.nodes)}
+    return tuple(
+        Repeats(
+            signature=sign(group[0][1], skeleton),
+            paths=tuple(path for path, _ in group),
+            sites=tuple(_sites(nodes, sites) for _, nodes in group),
+        )
+        for group in sorted(blocks, key=lambda group: place[group[0][1][0]])
+    )
+
+
+def _repeated_modules(
+    graph: fx.Graph, skeleton: nn.Module, sites: Collection[str]
+) -> list[list[Block]]:
     nodes_of: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         for call, (path, _) in node.meta.get("nn_module_stack", {}).items():
@@ -33,25 +54,87 @@ def find_repeats(
                 nodes_of[path].append(node)
     # A container of one block adds the same nodes as the block, which comes after it.
     smallest = {tuple(nodes): path for path, nodes in nodes_of.items()}
-    blocks_of: dict[str, list[str]] = defaultdict(list)
-    for nodes, path in smallest.items():
-        if sum(node.op != "get_attr" for node in nodes) > 1 and _sites(nodes, sites):
-            blocks_of[sign(nodes, skeleton)].append(path)
-    found: list[Repeats] = []
-    covered: set[str] = set()
-    for signature, paths in sorted(blocks_of.items(), key=lambda item: -len(nodes_of[item[1][0]])):
-        fresh = [path for path in paths if not covered.intersection(_parents(path))]
+    groups = _group_same(((path, nodes) for nodes, path in smallest.items()), skeleton, sites)
+    found = []
+    listed: set[str] = set()
+    for group in sorted(groups, key=lambda group: -len(group[0][1])):
+        fresh = [block for block in group if listed.isdisjoint(_parents(block[0]))]
         if len(fresh) > 1:
-            found.append(
-                Repeats(
-                    signature=signature,
-                    paths=tuple(fresh),
-                    sites=tuple(_sites(nodes_of[path], sites) for path in fresh),
-                )
-            )
-            covered.update(fresh)
-    first = {path: place for place, path in enumerate(nodes_of)}
-    return tuple(sorted(found, key=lambda repeats: first[repeats.paths[0]]))
+            found.append(fresh)
+            listed.update(path for path, _ in fresh)
+    return found
+
+
+def _repeated_stretches(
+    graph: fx.Graph, skeleton: nn.Module, sites: Collection[str], covered: Collection[fx.Node]
+) -> list[list[Block]]:
+    operations = [node for node in graph.nodes if node.op[:4] == "call"]
+    labels = [
+        # What is covered equals nothing, so that no stretch reaches over it.
+        node if node in covered else sign(_with_reads([node]), skeleton)
+        for node in operations
+    ]
+    found = []
+    for tandem in find_tandem_repeats(labels):
+        starts = range(tandem.start, tandem.stop - tandem.count * tandem.period + 1)
+        copies = [
+            [
+                operations[start + k * tandem.period : start + (k + 1) * tandem.period]
+                for k in range(tandem.count)
+            ]
+            for start in starts
+        ]
+        best = min(copies, key=lambda copy: _count_crossings(copy[len(copy) // 2]))
+        blocks = [_with_reads(nodes) for nodes in best]
+        weights = [_sites(nodes, sites) for nodes in blocks]
+        is_own = sum(map(len, weights)) == len(set().union(*weights))  # else it is called again
+        if (
+            is_own
+            and len(weights[0]) > 1  # one layer after the other is a stretch, but no block
+            and all(_feeds(one, other) for one, other in pairwise(best))
+        ):
+            named = zip(map(_name_by, weights), map(tuple, blocks), strict=True)
+            found += [group for group in _group_same(named, skeleton, sites) if len(group) > 1]
+    return found
+
+
+def _group_same(
+    blocks: Iterable[Block], skeleton: nn.Module, sites: Collection[str]
+) -> list[list[Block]]:
+    groups: dict[str, list[Block]] = defaultdict(list)
+    for path, nodes in blocks:
+        if sum(node.op != "get_attr" for node in nodes) > 1 and _sites(nodes, sites):
+            groups[sign(nodes, skeleton)].append((path, nodes))
+    return list(groups.values())
+
+
+def _with_reads(operations: Sequence[fx.Node]) -> list[fx.Node]:
+    """Operations, each after the reads of what the model owns that it is given."""
+    return list(
+        dict.fromkeys(node for operation in operations for node in (*_reads(operation), operation))
+    )
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.op == "get_attr"]
+
+
+def _count_crossings(operations: Sequence[fx.Node]) -> int:
+    """Count the values that go into and out of a stretch: at its best a block has one of each."""
+    inside = set(operations)
+    given = {source for node in operations for source in node.all_input_nodes} - inside
+    left = [node for node in operations if not inside.issuperset(node.users)]
+    return len([source for source in given if source.op != "get_attr"]) + len(left)
+
+
+def _feeds(one: Sequence[fx.Node], other: Collection[fx.Node]) -> bool:
+    return any(user in other for node in one for user in node.users)
+
+
+def _name_by(names: Sequence[str]) -> str:
+    """Name a stretch by the modules of its first and last weight."""
+    owners = [name.rpartition(".")[0] or name for name in names]
+    return " … ".join(dict.fromkeys(owners[:1] + owners[-1:]))
 
 
 def sign(nodes: Sequence[fx.Node], root: nn.Module) -> str:

@@ -91,11 +91,12 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repeats:
-    """Modules that are the same block again: the same operations, on weights of the same shapes.
+    """Blocks that are the same again: the same operations, on weights of the same shapes.
 
     Attributes:
         signature: a hash of what they compute, equal under renaming.
-        paths: of the modules, in the order in which they are called.
+        paths: of the modules that are the blocks, in the order in which they are called; of a block
+            that is no module, those of its first and last weight.
         sites: names of the sites of each of them, those in the same place playing the same part.
     """
 
@@ -104,7 +105,7 @@ class Repeats:
     sites: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Inventory:
     """All parameters of a model, each exactly once: a site, or kept with a reason.
 
@@ -146,6 +147,9 @@ class Inventory:
         """Share of the trainable parameters that are in sites; 0 for a model without any."""
         total = self.num_parameters
         return 1 - self.num_kept / total if total else 0.0
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         head = (

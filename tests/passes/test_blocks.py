@@ -150,6 +150,50 @@ def test_layers_alone_are_no_blocks():
     assert find(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)) == []
 
 
+class Flat(nn.Module):
+    """Residual blocks without modules of their own, between a first and a last layer."""
+
+    def __init__(self, depth=4, width=8, inner=12):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 3)
+        self.ups = nn.ModuleList(nn.Linear(width, inner) for _ in range(depth))
+        self.downs = nn.ModuleList(nn.Linear(inner, width) for _ in range(depth))
+
+    def forward(self, x, mask):
+        x = self.first(x).relu()
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + mask * down(functional.gelu(up(functional.layer_norm(x, x.shape[-1:]))))
+        return self.last(x)
+
+
+def test_blocks_without_modules_of_their_own():
+    (repeats,) = repeats_of(Flat())
+    assert repeats.paths == tuple(f"ups.{k} … downs.{k}" for k in range(4))
+    assert repeats.sites == tuple((f"ups.{k}.weight", f"downs.{k}.weight") for k in range(4))
+    assert repeats_of(Flat(depth=1)) == ()
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "convnext_atto"])
+def test_a_flattened_network_has_the_blocks_that_it_had(name):
+    with torch.device("meta"):
+        model = ZOO[name].make()
+    flat = repeats_of(torch.fx.symbolic_trace(model))
+    assert [repeats.sites for repeats in flat] == [repeats.sites for repeats in repeats_of(model)]
+
+
+def test_branches_side_by_side_are_no_stretch_in_a_row():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+        def forward(self, x):
+            pairs = zip(self.layers[::2], self.layers[1::2], strict=True)
+            return torch.stack([one(torch.tanh(other(x))) for one, other in pairs])
+
+    assert repeats_of(Wide()) == ()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
