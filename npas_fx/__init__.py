@@ -10,6 +10,7 @@ from npas_fx.api import (
     plan_of,
     save,
     transform,
+    weights_of,
 )
 from npas_fx.errors import (
     BudgetError,
@@ -50,4 +51,5 @@ __all__ = [
     "plan_of",
     "save",
     "transform",
+    "weights_of",
 ]

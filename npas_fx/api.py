@@ -24,6 +24,7 @@ from npas_fx.verify import all_weights, generate
 from npas_fx.verify import verify as run_oracle
 
 
+@torch.inference_mode(False)  # what it makes must be trainable
 def transform(
     model: nn.Module,
     budget: object,
@@ -146,6 +147,7 @@ def inspect(
     return capture(_refuse_emitted(model), example_inputs, example_kwargs).inventory
 
 
+@torch.inference_mode(False)  # what it makes must be trainable
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -210,6 +212,23 @@ def plan_of(shared: nn.Module) -> Plan:
     return emission_of(_unwrap(shared)).plan
 
 
+def weights_of(shared: nn.Module) -> dict[str, Tensor]:
+    """Generate the weights of all shared sites, for a penalty on them or to look at them.
+
+    Args:
+        shared: an emitted module, perhaps compiled or wrapped in DDP.
+
+    Returns:
+        Name of each site in a shared bank -> its weight, in the site's shape and dtype; gradients
+        flow into the bank. What is kept or dedicated is a parameter as before, and not among them.
+
+    Raises:
+        TypeError: the module was not made by npas_fx.
+    """
+    return generate(_unwrap(shared))
+
+
+@torch.inference_mode(False)  # what it makes must be trainable
 def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
     """Write the generated weights back into the plain architecture.
 
@@ -265,6 +284,7 @@ def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
     storage.write_folder(_unwrap(shared), folder)
 
 
+@torch.inference_mode(False)  # what it makes must be trainable
 def load(
     folder: str | os.PathLike[str],
     model: nn.Module,
@@ -290,6 +310,7 @@ def load(
         StorageError: a file is missing or damaged, or ``model`` is of another architecture.
     """
     read = storage.read_plan(folder)
+    storage.refuse_meta_constants(model)
     captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
     storage.check_report(folder, captured)
     known = resolve_generators(generators)

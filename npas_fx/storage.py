@@ -107,6 +107,23 @@ def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
         )
 
 
+def refuse_meta_constants(model: nn.Module) -> None:
+    """Refuse a tensor on the meta device that is neither parameter nor buffer: none is saved.
+
+    Raises:
+        StorageError: with its name.
+    """
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta and id(value) not in known:
+                raise StorageError(
+                    f"{f'{path}.{name}' if path else name} is a plain tensor attribute without a "
+                    "value (the model is on the meta device), and no folder holds it; register it "
+                    "as a buffer, or pass an architecture that is not on the meta device"
+                )
+
+
 def fill_tensors(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
     """Put the saved tensors into a module of the same plan, with the dtypes that they have.
 

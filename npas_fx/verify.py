@@ -83,16 +83,13 @@ def _compare(
 ) -> Comparison:
     mode = "train" if is_training else "eval"
     parameters = {k: p for k, p in shared.named_parameters() if p.requires_grad}
-    buffers = {k: b.clone() for k, b in shared.named_buffers()}
     expected_buffers = {k: b.clone() for k, b in model.named_buffers()}
 
-    def copy_kept() -> dict[str, Tensor]:
-        # What stays may be written to by forward, as an embedding with max_norm is.
-        return {name: shared.get_parameter(name).clone() for name in emission_of(shared).plan.kept}
-
     def run_original() -> Any:
-        weights = {**all_weights(shared, generate(shared)), **copy_kept()}
-        tensors = {**weights, **expected_buffers}
+        weights = all_weights(shared, generate(shared))
+        # What stays may be written to by forward, as an embedding with max_norm is.
+        kept = {name: weights[name].clone() for name in emission_of(shared).plan.kept}
+        tensors = {**weights, **kept, **expected_buffers}
         reference = copy_with(emission_of(shared).capture.skeleton, lambda name, _: tensors[name])
         return reference.train(is_training)(*args, **kwargs)
 
@@ -104,18 +101,43 @@ def _compare(
             "example that runs"
         ) from err
     with _mode(shared, is_training):
-        got = _run(
-            lambda: functional_call(shared, {**copy_kept(), **buffers}, args, kwargs),
-            parameters,
-            seed,
-        )
-    updated = {name: buffers[name] for name in expected_buffers}
+        written, got = _run_on_copies(shared, args, kwargs, parameters, seed)
+    updated = {name: written[name] for name in expected_buffers}
     return Comparison(
         mode=mode,
         outputs=_difference(f"outputs in {mode} mode", got[0], expected[0], 0),
         gradients=_difference(f"gradients in {mode} mode", got[1], expected[1], 1),
         buffers=_difference(f"buffers in {mode} mode", updated, expected_buffers, 0),
     )
+
+
+def _run_on_copies(
+    shared: EmittedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+    seed: int,
+) -> tuple[dict[str, Tensor], tuple[Any, dict[str, Tensor]]]:
+    """Run on copies of what ``forward`` may write to: buffers, and parameters that stay.
+
+    Returns:
+        The copies after the run, and what ``_run`` gives.
+    """
+    kept = {id(shared.get_parameter(name)) for name in emission_of(shared).plan.kept}
+    written: dict[str, Tensor] = {}
+
+    def call() -> Any:
+        copy_of: dict[int, Tensor] = {}
+        # A module with two names is listed once: functional_call would fill it twice, and put the
+        # first copy back for its own tensor (torch 2.13). A tensor in two modules is copied once.
+        for path, part in shared.named_modules():
+            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is not None and (name in part._buffers or id(tensor) in kept):
+                    copied = copy_of.setdefault(id(tensor), tensor.clone())
+                    written[f"{path}.{name}" if path else name] = copied
+        return functional_call(shared, written, args, kwargs, tie_weights=False)
+
+    return written, _run(call, parameters, seed)
 
 
 def generate(shared: EmittedModule) -> dict[str, Tensor]:

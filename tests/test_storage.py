@@ -267,6 +267,30 @@ def test_loading_into_a_model_on_the_meta_device(tmp_path, name):
         assert torch.equal(a, b)
 
 
+class Positions(nn.Module):
+    """Has a tensor that is neither parameter nor buffer, so no folder holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.places = torch.arange(8.0)
+
+    def forward(self, x):
+        return self.fc(x + self.places)
+
+
+def test_a_plain_tensor_without_a_value_is_refused(tmp_path):
+    npas_fx.save(transform(Positions(), 0.9), tmp_path)
+    with torch.device("meta"):
+        model = Positions()
+    with pytest.raises(StorageError, match="places is a plain tensor attribute"):
+        npas_fx.load(tmp_path, model)
+    model.places = torch.arange(8.0)
+    x = torch.randn(2, 8)
+    expected = npas_fx.materialize(npas_fx.load(tmp_path, Positions()))(x)
+    assert torch.equal(npas_fx.load(tmp_path, model)(x), expected)
+
+
 def test_loading_takes_the_modes_of_the_model(saved):
     model = MODELS["mlp"].make().eval()
     loaded = npas_fx.load(saved, model, example_inputs=MODELS["mlp"].inputs(2))

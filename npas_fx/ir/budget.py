@@ -112,6 +112,11 @@ def _parse_text(text: str, model_parameters: int) -> Budget:
 
 
 def _share(share: Decimal, model_parameters: int, *, shown: object) -> Budget:
+    if not model_parameters:
+        raise BudgetError(
+            f"budget={shown!r} is a share of nothing: the model has no trainable parameters; "
+            "unfreeze what shall train, or give a number of parameters"
+        )
     amount = int(share * model_parameters)
     if amount < 1:
         raise BudgetError(
