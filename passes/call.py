@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import linecache
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from npas_fx.errors import CaptureError, GuardError
 
@@ -173,15 +174,83 @@ def _check_type(value: Any, name: str, expected: type) -> None:
         )
 
 
-def make_forward(call: CallSignature, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a ``forward`` of the captured signature that calls ``run`` with flat arguments."""
+def make_forward(call: CallSignature, graph: fx.Graph, filename: str) -> Callable[..., Any]:
+    """Make a ``forward`` of the captured signature that checks its arguments and runs a graph.
+
+    It is one function: of a ``forward`` that called another, torch.compile would compile both anew
+    where it has to break the graph, and so more often than the plain model's.
+
+    Args:
+        call: the signature, and what to check.
+        graph: its inputs are the flat arguments.
+        filename: what tracebacks show the code as.
+    """
+    parameters, flat, checks, scope = _write_call(call)
+    graph = _rename_inputs(graph)
+    inputs = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    bound = [f"{name} = {value}" for name, value in zip(inputs, flat, strict=True)]
+    head = _write_head("forward", parameters, checks)
+    source, names = _write(graph, "\n    ".join((head, *bound)))
+    if call.signature.parameters.keys() & {*names, "slice"}:
+        # An argument bears the name of something that the graph's code reads.
+        source, names = _write(graph, _write_head("_run", ("self", *inputs), ()))
+        source += f"\n{head}\n    return _run({', '.join(('self', *flat))})\n"
+    scope = {**names, **scope}
+    exec(compile(source, filename, "exec"), scope)
+    # Tracebacks show the generated lines.
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    forward: Callable[..., Any] = scope["forward"]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    # With the annotations, which the generated code does not have.
+    vars(forward)["__signature__"] = call.signature.replace(
+        parameters=[first, *call.signature.parameters.values()]
+    )
+    return forward
+
+
+class _WithHead(fx.graph.CodeGen):
+    """Writes a function that begins as it is told."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.head = head
+
+    def gen_fn_def(self, *args: Any, **options: Any) -> str:
+        return self.head
+
+
+def _rename_inputs(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph, with inputs whose names are no Python names that its code may read."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    placeholders = (node for node in copied.nodes if node.op == "placeholder")
+    for k, node in enumerate(placeholders):
+        node.target = f"_input_{k}"
+    return copied
+
+
+def _write(graph: fx.Graph, head: str) -> tuple[str, dict[str, Any]]:
+    """Write the code of a graph; give it with the globals that it reads."""
+    graph.set_codegen(_WithHead(head))
+    code = graph.python_code("self")
+    return code.src, code.globals
+
+
+def _write_head(name: str, parameters: Sequence[str], lines: Sequence[str]) -> str:
+    return "\n    ".join((f"def {name}({', '.join(parameters)}):", *lines))
+
+
+def _write_call(call: CallSignature) -> tuple[list[str], list[str], list[str], dict[str, Any]]:
+    """Write the parameters of ``forward``, its flat arguments and its checks, with what they name.
+
+    The parameters begin with ``self``, the flat arguments do not.
+    """
     scope: dict[str, Any] = {
-        "_run": run,
         "_check_extra": _check_extra,
         "_check_constant": check_constant,
         "_check_type": _check_type,
     }
-    parameters, flat, checks = ["self"], ["self"], []
+    parameters, flat, checks = ["self"], list[str](), list[str]()
     is_keyword_only = False
     positional_only = [p for p in call.signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
     for name, parameter in call.signature.parameters.items():
@@ -207,23 +276,14 @@ def make_forward(call: CallSignature, run: Callable[..., Any]) -> Callable[..., 
         flat.append(name)
         if positional_only and parameter is positional_only[-1]:
             parameters.append("/")
-    for name, value in zip(call.names, flat[1:], strict=True):
+    for name, value in zip(call.names, flat, strict=True):
         if name in call.constants:
             scope[f"_constant_{name}"] = call.constants[name]
             checks.append(f"_check_constant({value}, {name!r}, _constant_{name})")
         elif name in call.types:
             scope[f"_type_{name}"] = call.types[name]
             checks.append(f"_check_type({value}, {name!r}, _type_{name})")
-    body = "".join(f"    {check}\n" for check in checks)
-    source = f"def forward({', '.join(parameters)}):\n{body}    return _run({', '.join(flat)})\n"
-    exec(source, scope)
-    forward: Callable[..., Any] = scope["forward"]
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    # With the annotations, which the generated code does not have.
-    vars(forward)["__signature__"] = call.signature.replace(
-        parameters=[first, *call.signature.parameters.values()]
-    )
-    return forward
+    return parameters, flat, checks, scope
 
 
 def _check_extra(name: str, given: Any, expected: Any) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -145,14 +144,8 @@ def _keep_forward(store: nn.Module) -> EmittedModule:
 
 
 def _new_module(name: str, graph: fx.Graph, call: CallSignature) -> EmittedModule:
-    code = graph.python_code("self")
     filename = f"<npas_fx graph {next(_SOURCES)} of {name}>"
-    # Tracebacks show the generated lines.
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    scope: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), scope)
-    run: Callable[..., Any] = scope["forward"]
-    members = {"forward": make_forward(call, run), "__module__": __name__}
+    members = {"forward": make_forward(call, graph, filename), "__module__": __name__}
     kind = type(f"Shared{name}", (EmittedModule,), members)
     module: EmittedModule = kind()
     return module

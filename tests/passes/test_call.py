@@ -55,9 +55,16 @@ def odd_names(self, input, print=None, _run_=1.0, lambda_=math.inf, act=F.relu):
     return act(self.fc(input))
 
 
+def names_that_the_code_reads(self, slice, *torch, getattr=None, inf=2.0):
+    shape = slice.shape[0] if getattr is None else getattr.shape[0]
+    return F.relu(self.fc(slice))[:shape, 1:] * inf + torch[0][:, 1:]
+
+
 @pytest.mark.parametrize(
     ("forward", "args", "kwargs"),
     [
+        (names_that_the_code_reads, (x(), x()), {}),
+        (names_that_the_code_reads, (x(), x()), {"getattr": x()}),
         (annotated, (x(),), {}),
         (annotated, (x(), 3.0), {"mask": x()}),
         (annotated, (x(),), {"scale": x(), "mask": None}),
