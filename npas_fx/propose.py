@@ -41,9 +41,11 @@ def propose(
     candidates: list[Candidate] = []
     for members in sorted(_families(rules, profile)):
         is_private = len(members) == 1 and members[0] in rules.private
+        shapes = [sites[k].shape for k in members]
         for generator in generators:
             if not is_private or generator.name == "dedicated":
-                candidates += _sizes(members, sites, generator, profile, above)
+                sizes = generator.propose(shapes, above=above)
+                candidates += _make_candidates(members, sites, generator, sizes, profile)
     return tuple(_drop_dominated(candidates))
 
 
@@ -55,29 +57,32 @@ def make_candidate(
     profile: Profile,
 ) -> Candidate:
     """Count and price one bank."""
-    chosen = [sites[k] for k in members]
-    parameters = num_parameters(generator, [site.shape for site in chosen], size)
-    share = size.num_templates * size.template_size / sum(site.numel for site in chosen)
-    is_dedicated = generator.name == "dedicated"
-    return Candidate(
-        sites=tuple(members),
-        generator=generator.name,
-        size=size,
-        parameters=parameters,
-        bytes=parameters * chosen[0].dtype.itemsize,
-        price=0.0 if is_dedicated else profile.price(members, share),
-    )
+    return next(_make_candidates(members, sites, generator, (size,), profile))
 
 
-def _sizes(
-    members: tuple[int, ...],
+def _make_candidates(
+    members: Sequence[int],
     sites: Sequence[Site],
     generator: Generator,
+    sizes: Iterable[Size],
     profile: Profile,
-    above: bool,
 ) -> Iterator[Candidate]:
-    for size in generator.propose([sites[k].shape for k in members], above=above):
-        yield make_candidate(members, sites, generator, size, profile)
+    """Count and price banks for the same sites; what all sizes have in common is found once."""
+    shapes = [sites[k].shape for k in members]
+    total = sum(sites[k].numel for k in members)
+    itemsize = sites[members[0]].dtype.itemsize
+    is_dedicated = generator.name == "dedicated"
+    for size in sizes:
+        parameters = num_parameters(generator, shapes, size)
+        share = size.num_templates * size.template_size / total
+        yield Candidate(
+            sites=tuple(members),
+            generator=generator.name,
+            size=size,
+            parameters=parameters,
+            bytes=parameters * itemsize,
+            price=0.0 if is_dedicated else profile.price(members, share),
+        )
 
 
 def _drop_dominated(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

@@ -223,6 +223,9 @@ def _largest_shares(
     problem: PlanningProblem, cost: tuple[int, ...], sites: Iterable[int]
 ) -> tuple[int, ...]:
     """Return, for each of these sites, the most that it takes of ``cost`` in a candidate."""
+    sites = tuple(sites)
+    if not sites:
+        return ()
     share = [0] * problem.num_sites
     for members, cost_c in zip(problem.members, cost, strict=True):
         for i in members:

@@ -66,7 +66,7 @@ class StructureProfile:
         return distance
 
     @cached_property
-    def _spectra(self) -> dict[tuple[int, ...], tuple[npt.NDArray[np.float64], float, float]]:
+    def _spectra(self) -> dict[tuple[int, ...], tuple[list[float], float, float]]:
         return {}
 
     def price(self, sites: Sequence[int], share: float) -> float:
@@ -78,17 +78,18 @@ class StructureProfile:
             worth = math.log2(share) if share > 2 else (share - 1) ** 2
             return _round(-EXCESS * importance * worth * (1 - 1e-3 * min(len(sites), 100)))
         reach = share * (len(left) - 1)
-        tail = float(np.interp(reach, np.arange(len(left)), left))
+        whole = min(int(reach), len(left) - 2)  # numpy.interp, called for each candidate, is slow
+        tail = left[whole] + (reach - whole) * (left[whole + 1] - left[whole])
         return _round(tail + (1 - share) * (CONFLICT * conflict + SHARING * importance))
 
-    def _spectrum(self, sites: tuple[int, ...]) -> tuple[npt.NDArray[np.float64], float, float]:
+    def _spectrum(self, sites: tuple[int, ...]) -> tuple[list[float], float, float]:
         if sites not in self._spectra:
             chosen = np.array(sites)
             importance = self.importance[chosen]
             root = np.sqrt(importance)
             gram = root[:, None] * self.likeness[np.ix_(chosen, chosen)] * root
             values = np.clip(np.linalg.eigvalsh(gram), 0, None)
-            left = np.concatenate([[0.0], np.cumsum(values)])[::-1]
+            left = [0.0, *np.cumsum(values).tolist()][::-1]
             total = float(importance.sum())
             weight = importance / total
             conflict = total * float(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import npas_fx
 from models import GPT, MODELS
 from npas_fx.ir import Inventory
 from npas_fx.passes.capture import capture
+from npas_fx.passes.roles import Part
+from npas_fx.profiles import structure
 from npas_fx.profiles.structure import StructureProfile, profile_structure
 from strategies import networks
 
@@ -67,12 +71,36 @@ def test_prices_are_coarse_numbers_that_add_up_exactly(spec):
             assert (profile.price([k], share) * 2**32).is_integer()
 
 
-def test_large_weights_matter_more():
-    profile = profile_of(MODELS["mlp"].make())
-    sites = capture(MODELS["mlp"].make()).inventory.sites
-    order = sorted(range(len(sites)), key=lambda k: sites[k].numel)
+@pytest.mark.parametrize("name", ["mlp", "residual_cnn", "gpt"])
+def test_a_weight_matters_by_its_size_and_the_factor_of_its_role(name):
+    sites = capture(MODELS[name].make()).inventory.sites
+    profile = profile_of(MODELS[name].make())
+    matters = [site.numel * structure.ROLE_FACTORS[site.role] for site in sites]
+    assert profile.importance == pytest.approx(np.array(matters) / sum(matters))
+    order = sorted(range(len(sites)), key=matters.__getitem__)
     prices = [profile.price([k], 0.5) for k in order]
     assert prices == sorted(prices)
+
+
+@pytest.mark.parametrize("role", ["head", "residual_writer", "residual_reader"])
+def test_the_factor_of_a_role_decides_what_it_is_given_but_exempts_nothing(role, monkeypatch):
+    model = MODELS["residual_cnn"].make()
+    sizes = {site.name: site.numel for site in npas_fx.inspect(model).sites if site.role == role}
+    kept = {}
+    for factor in (1e-3, 1e3):
+        monkeypatch.setitem(structure.ROLE_FACTORS, role, factor)
+        banks = npas_fx.plan(model, 0.4).banks
+        own = {name for bank in banks if bank.generator == "dedicated" for name in bank.sites}
+        kept[factor] = sum(sizes[name] for name in own & sizes.keys())
+        with pytest.raises(npas_fx.InfeasibleBudgetError) as caught:
+            npas_fx.plan(model, 1)
+        assert npas_fx.plan(model, caught.value.smallest).parameters == caught.value.smallest
+    assert kept[1e-3] < kept[1e3]
+
+
+def test_every_role_has_a_factor():
+    documented = re.findall(r"``(\w+)``", Part.__doc__.partition("role:")[2].partition("depth:")[0])
+    assert set(documented) == structure.ROLE_FACTORS.keys()
 
 
 def test_unlike_weights_cost_more_together():
