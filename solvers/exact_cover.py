@@ -56,7 +56,11 @@ class Cover:
 
 
 def minimise(
-    program: CoverProgram, *, hint: Sequence[int] = (), limit: float | None = None
+    program: CoverProgram,
+    *,
+    hint: Sequence[int] = (),
+    limit: float | None = None,
+    gap: float = 0.0,
 ) -> Cover:
     """Solve the exact cover with budgets.
 
@@ -72,6 +76,7 @@ def minimise(
         hint: A known cover, where the search starts.
         limit: In CP-SAT's deterministic time, whose unit is about a second of an old machine and
             which comes out the same everywhere; None searches until there is a proof.
+        gap: How far the bound may be from the price of the cover, as a share of the latter.
     """
     # Imported here: whoever only reads a plan need not wait a second for OR-Tools.
     from ortools.sat.python import cp_model
@@ -101,8 +106,8 @@ def minimise(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = RANDOM_SEED
     solver.parameters.linearization_level = 2  # the relaxation is nearly integral
-    # Both 0: CP-SAT compares gaps as floats, which beyond 2**53 takes different totals for equal.
-    solver.parameters.relative_gap_limit = 0.0
+    # Mostly 0: CP-SAT compares gaps as floats, which beyond 2**53 takes different totals for equal.
+    solver.parameters.relative_gap_limit = gap
     solver.parameters.absolute_gap_limit = 0.0
     if limit is not None:
         solver.parameters.max_deterministic_time = limit
@@ -115,7 +120,7 @@ def minimise(
         return Cover(chosen=None, bound=sum(min(p, 0) for p in price), status="unknown")
     chosen = tuple(c for c, z_c in enumerate(z) if solver.boolean_value(z_c))
     objective = sum(price[c] for c in chosen)
-    if status == cp_model.OPTIMAL:
+    if status == cp_model.OPTIMAL and not gap:
         return Cover(chosen=chosen, bound=objective, status="optimal")
     # A whole number, and exact as a float for the totals of integer_prices.
     bound = min(objective, round(solver.best_objective_bound))

@@ -6,6 +6,9 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
+# Before torch is imported: the tests' tensors are small, and workers (pytest -n) share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 EXAMPLES = 20
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining takes minutes
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
