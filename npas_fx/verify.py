@@ -49,8 +49,8 @@ def verify(
     """Run the rewrite oracle in train and in eval mode.
 
     The original's own classes are run with the weights that the emitted module generates in the
-    place of its parameters, with the same random numbers. Neither module is changed, nor is any
-    global state.
+    place of its parameters, with the same random numbers, and with the same noise on all that is
+    not generated. Neither module is changed, nor is any global state.
 
     Args:
         shared: made from ``model``.
@@ -83,32 +83,69 @@ def _compare(
 ) -> Comparison:
     mode = "train" if is_training else "eval"
     parameters = {k: p for k, p in shared.named_parameters() if p.requires_grad}
-    expected_buffers = {k: b.clone() for k, b in model.named_buffers()}
 
-    def run_original() -> Any:
-        weights = all_weights(shared, generate(shared))
-        # What stays may be written to by forward, as an embedding with max_norm is.
-        kept = {name: weights[name].clone() for name in emission_of(shared).plan.kept}
-        tensors = {**weights, **kept, **expected_buffers}
-        reference = copy_with(emission_of(shared).capture.skeleton, lambda name, _: tensors[name])
-        return reference.train(is_training)(*args, **kwargs)
+    def run_original(noise: Mapping[int, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-    try:
-        expected = _run(run_original, parameters, seed)
-    except Exception as err:
-        raise CaptureError(
-            f"the model raised {type(err).__name__} on the example in {mode} mode: {err}; pass an "
-            "example that runs"
-        ) from err
+        def call() -> Any:
+            weights = all_weights(shared, generate(shared))
+            moved = {name: _moved(weight, noise) for name, weight in weights.items()}
+            tensors = {**moved, **buffers}
+            skeleton = emission_of(shared).capture.skeleton
+            reference = copy_with(skeleton, lambda name, _: tensors[name])
+            return reference.train(is_training)(*args, **kwargs)
+
+        try:
+            return *_run(call, parameters, seed), buffers
+        except Exception as err:
+            raise CaptureError(
+                f"the model raised {type(err).__name__} on the example in {mode} mode: {err}; pass "
+                "an example that runs"
+            ) from err
+
+    noise = _draw_noise(shared, seed)
+    *expected, buffers = run_original(noise)
+    if not _is_finite(expected[0]):  # some parameter must not be moved, in a logarithm, say
+        noise = {}
+        *expected, buffers = run_original(noise)
     with _mode(shared, is_training):
-        written, got = _run_on_copies(shared, args, kwargs, parameters, seed)
-    updated = {name: written[name] for name in expected_buffers}
+        written, got = _run_on_copies(shared, args, kwargs, parameters, noise, seed)
+    updated = {name: written[name] for name in buffers}
     return Comparison(
         mode=mode,
         outputs=_difference(f"outputs in {mode} mode", got[0], expected[0], 0),
         gradients=_difference(f"gradients in {mode} mode", got[1], expected[1], 1),
-        buffers=_difference(f"buffers in {mode} mode", updated, expected_buffers, 0),
+        buffers=_difference(f"buffers in {mode} mode", updated, buffers, 0),
     )
+
+
+def _draw_noise(shared: EmittedModule, seed: int) -> dict[int, Tensor]:
+    """Noise for each parameter that is in no bank, by its id.
+
+    Layers that start at zero, or nearly so, hide all that stands behind them: the last norm of a
+    residual branch, a scale of 1e-6, the head of an MLP-Mixer.
+    """
+    random = torch.Generator().manual_seed(seed)
+    banks = f"{emission_of(shared).banks}."
+    noise = {}
+    for name, parameter in shared.named_parameters():
+        if parameter.is_floating_point() and not name.startswith(banks):
+            drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
+            value = parameter.detach().float()
+            deviation = value.std(correction=0) if parameter.dim() > 1 else value.new_zeros(())
+            drawn = 0.1 * torch.where(deviation > 0, deviation, 1.0) * drawn.to(value.device)
+            noise[id(parameter)] = drawn.to(parameter.dtype)
+    return noise
+
+
+def _moved(tensor: Tensor, noise: Mapping[int, Tensor]) -> Tensor:
+    """A tensor that ``forward`` may write to, as an embedding with max_norm is written to."""
+    return tensor + noise[id(tensor)] if id(tensor) in noise else tensor.clone()
+
+
+def _is_finite(output: Any) -> bool:
+    tensors = (leaf for _, leaf in _leaves(output) if isinstance(leaf, Tensor))
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _run_on_copies(
@@ -116,14 +153,16 @@ def _run_on_copies(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     parameters: Mapping[str, Tensor],
+    noise: Mapping[int, Tensor],
     seed: int,
 ) -> tuple[dict[str, Tensor], tuple[Any, dict[str, Tensor]]]:
-    """Run on copies of what ``forward`` may write to: buffers, and parameters that stay.
+    """Run on copies of buffers, and of parameters that are in no bank.
 
     Returns:
         The copies after the run, and what ``_run`` gives.
     """
-    kept = {id(shared.get_parameter(name)) for name in emission_of(shared).plan.kept}
+    banks = shared.get_submodule(emission_of(shared).banks) if emission_of(shared).bank_of else None
+    in_banks = set(map(id, banks.parameters())) if banks else set()
     written: dict[str, Tensor] = {}
 
     def call() -> Any:
@@ -132,9 +171,10 @@ def _run_on_copies(
         # first copy back for its own tensor (torch 2.13). A tensor in two modules is copied once.
         for path, part in shared.named_modules():
             for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-                if tensor is not None and (name in part._buffers or id(tensor) in kept):
-                    copied = copy_of.setdefault(id(tensor), tensor.clone())
-                    written[f"{path}.{name}" if path else name] = copied
+                if tensor is not None and id(tensor) not in in_banks:
+                    if id(tensor) not in copy_of:
+                        copy_of[id(tensor)] = _moved(tensor, noise)
+                    written[f"{path}.{name}" if path else name] = copy_of[id(tensor)]
         return functional_call(shared, written, args, kwargs, tie_weights=False)
 
     return written, _run(call, parameters, seed)

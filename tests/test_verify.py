@@ -191,3 +191,47 @@ def test_generated_weights_are_those_of_the_banks():
     shared = {n for bank in emitted.plan.banks if not bank.is_dedicated for n in bank.sites}
     assert weights.keys() == shared
     assert all(weight.shape == (6, 6) for weight in weights.values())
+
+
+class ZeroStart(nn.Module):
+    """As people initialise residual networks: at birth nothing behind the zeros can be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.write = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.zeros(6))
+        self.head = nn.Linear(6, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(x + self.scale * self.write(self.read(x).relu()))
+
+
+@pytest.mark.parametrize("corrupt", [replace_relu, None])
+def test_layers_that_start_at_zero_hide_nothing(corrupt):
+    model = ZeroStart()
+    shared = emit(model, corrupt, budget=0.7)
+    before = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
+    if corrupt is None:
+        verify(shared, model, x())
+    else:
+        with pytest.raises(VerificationError, match="outputs in train mode"):
+            verify(shared, model, x())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in shared.state_dict().items())
+
+
+def test_a_parameter_that_must_not_be_moved_is_not():
+    class Logarithm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.tiny = nn.Parameter(torch.full((6,), 1e-6))
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) * self.tiny.log()
+
+    model = Logarithm()
+    verify(emit(model), model, x())
+    with pytest.raises(VerificationError):
+        verify(emit(model, replace_relu), model, x())
