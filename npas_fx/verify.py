@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from npas_fx.errors import CaptureError, VerificationError
 from npas_fx.passes.call import as_tuple
@@ -19,6 +18,8 @@ from npas_fx.passes.skeleton import copy_with
 # Of the largest entry: outputs, gradients.
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-4, 1e-3)}
 _COARSE = (3e-2, 1e-1)  # half precision
+NOISE = 0.1  # its deviation
+CONSTANT = 1e-3  # deviation below which a weight has little of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,8 @@ def verify(
     """Run the rewrite oracle in train and in eval mode.
 
     The original's own classes are run with the weights that the emitted module generates in the
-    place of its parameters, with the same random numbers, and with the same noise on all that is
-    not generated. Neither module is changed, nor is any global state.
+    place of its parameters, with the same random numbers, and with the same noise on vectors and on
+    weights that are constant. Neither module is changed, nor is any global state.
 
     Args:
         shared: made from ``model``.
@@ -82,102 +83,64 @@ def _compare(
     seed: int,
 ) -> Comparison:
     mode = "train" if is_training else "eval"
-    parameters = {k: p for k, p in shared.named_parameters() if p.requires_grad}
 
-    def run_original(noise: Mapping[int, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
+    def run_original(noise: float) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        owner = _copy_with_noise(shared, noise, seed)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
         def call() -> Any:
-            weights = all_weights(shared, generate(shared))
-            moved = {name: _moved(weight, noise) for name, weight in weights.items()}
-            tensors = {**moved, **buffers}
-            skeleton = emission_of(shared).capture.skeleton
+            tensors = {**all_weights(owner, generate(owner)), **buffers}
+            skeleton = emission_of(owner).capture.skeleton
             reference = copy_with(skeleton, lambda name, _: tensors[name])
             return reference.train(is_training)(*args, **kwargs)
 
         try:
-            return *_run(call, parameters, seed), buffers
+            return *_run(call, owner, seed), buffers
         except Exception as err:
             raise CaptureError(
                 f"the model raised {type(err).__name__} on the example in {mode} mode: {err}; pass "
                 "an example that runs"
             ) from err
 
-    noise = _draw_noise(shared, seed)
+    noise = NOISE
     *expected, buffers = run_original(noise)
     if not _is_finite(expected[0]):  # some parameter must not be moved, in a logarithm, say
-        noise = {}
+        noise = 0.0
         *expected, buffers = run_original(noise)
-    with _mode(shared, is_training):
-        written, got = _run_on_copies(shared, args, kwargs, parameters, noise, seed)
-    updated = {name: written[name] for name in buffers}
+    emitted = _copy_with_noise(shared, noise, seed).train(is_training)
+    output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed)
+    owned = dict(emitted.named_buffers(remove_duplicate=False))
+    updated = {name: owned[name] for name in buffers}
     return Comparison(
         mode=mode,
-        outputs=_difference(f"outputs in {mode} mode", got[0], expected[0], 0),
-        gradients=_difference(f"gradients in {mode} mode", got[1], expected[1], 1),
+        outputs=_difference(f"outputs in {mode} mode", output, expected[0], 0),
+        gradients=_difference(f"gradients in {mode} mode", gradients, expected[1], 1),
         buffers=_difference(f"buffers in {mode} mode", updated, buffers, 0),
     )
 
 
-def _draw_noise(shared: EmittedModule, seed: int) -> dict[int, Tensor]:
-    """Noise for each parameter that is in no bank, by its id.
+def _copy_with_noise(shared: EmittedModule, noise: float, seed: int) -> EmittedModule:
+    """Copy a module, and add noise to vectors, and to weights that are all but constant.
 
     Layers that start at zero, or nearly so, hide all that stands behind them: the last norm of a
     residual branch, a scale of 1e-6, the head of an MLP-Mixer.
     """
+    copied = copy.deepcopy(shared)
     random = torch.Generator().manual_seed(seed)
     banks = f"{emission_of(shared).banks}."
-    noise = {}
-    for name, parameter in shared.named_parameters():
-        if parameter.is_floating_point() and not name.startswith(banks):
-            drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
-            value = parameter.detach().float()
-            deviation = value.std(correction=0) if parameter.dim() > 1 else value.new_zeros(())
-            drawn = 0.1 * torch.where(deviation > 0, deviation, 1.0) * drawn.to(value.device)
-            noise[id(parameter)] = drawn.to(parameter.dtype)
-    return noise
-
-
-def _moved(tensor: Tensor, noise: Mapping[int, Tensor]) -> Tensor:
-    """A tensor that ``forward`` may write to, as an embedding with max_norm is written to."""
-    return tensor + noise[id(tensor)] if id(tensor) in noise else tensor.clone()
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if not noise or not parameter.is_floating_point() or name.startswith(banks):
+                continue
+            if parameter.dim() < 2 or parameter.float().std(correction=0) < CONSTANT:
+                drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
+                parameter.add_((noise * drawn).to(parameter))
+    return copied
 
 
 def _is_finite(output: Any) -> bool:
     tensors = (leaf for _, leaf in _leaves(output) if isinstance(leaf, Tensor))
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _run_on_copies(
-    shared: EmittedModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    parameters: Mapping[str, Tensor],
-    noise: Mapping[int, Tensor],
-    seed: int,
-) -> tuple[dict[str, Tensor], tuple[Any, dict[str, Tensor]]]:
-    """Run on copies of buffers, and of parameters that are in no bank.
-
-    Returns:
-        The copies after the run, and what ``_run`` gives.
-    """
-    banks = shared.get_submodule(emission_of(shared).banks) if emission_of(shared).bank_of else None
-    in_banks = set(map(id, banks.parameters())) if banks else set()
-    written: dict[str, Tensor] = {}
-
-    def call() -> Any:
-        copy_of: dict[int, Tensor] = {}
-        # A module with two names is listed once: functional_call would fill it twice, and put the
-        # first copy back for its own tensor (torch 2.13). A tensor in two modules is copied once.
-        for path, part in shared.named_modules():
-            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-                if tensor is not None and id(tensor) not in in_banks:
-                    if id(tensor) not in copy_of:
-                        copy_of[id(tensor)] = _moved(tensor, noise)
-                    written[f"{path}.{name}" if path else name] = copy_of[id(tensor)]
-        return functional_call(shared, written, args, kwargs, tie_weights=False)
-
-    return written, _run(call, parameters, seed)
 
 
 def generate(shared: EmittedModule) -> dict[str, Tensor]:
@@ -199,9 +162,9 @@ def all_weights(shared: EmittedModule, generated: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _run(
-    call: Callable[[], Any], parameters: Mapping[str, Tensor], seed: int
-) -> tuple[Any, dict[str, Tensor]]:
+def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dict[str, Tensor]]:
+    """Output, and gradients of all trainable parameters of the owner."""
+    parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
         torch.manual_seed(seed)
         output = call()
@@ -227,17 +190,6 @@ def _weight(output: Tensor) -> Tensor:
 
 def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-
-
-@contextmanager
-def _mode(module: EmittedModule, is_training: bool) -> Iterator[None]:
-    flags = [(part, part.training) for part in module.modules()]
-    module.train(is_training)
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
 
 
 def _difference(what: str, got: Any, expected: Any, kind: int) -> float:

@@ -47,6 +47,7 @@ def take_inventory(
         graph,
         {name: reads_of[name] for name in matrices},
         {name: tuple(parameter.shape) for name, parameter in matrices.items()},
+        [node for node in graph.nodes if node.op == "call_module" and _has_matrix(skeleton, node)],
     )
     reasons = {
         name: _why_kept(
@@ -89,6 +90,10 @@ def take_inventory(
     )
     repeats = find_repeats(graph, skeleton, {site.name for site in sites})
     return Inventory(sites=sites, kept=kept, repeats=repeats)
+
+
+def _has_matrix(skeleton: nn.Module, call: fx.Node) -> bool:
+    return any(p.dim() > 1 for p in skeleton.get_submodule(str(call.target)).parameters())
 
 
 def _why_kept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -69,6 +69,7 @@ def find_parts(
     graph: fx.Graph,
     reads_of: Mapping[str, Sequence[fx.Node]],
     shape_of: Mapping[str, Sequence[int]],
+    opaque: Collection[fx.Node] = (),
 ) -> dict[str, Part]:
     """Find the part that each weight plays.
 
@@ -76,6 +77,7 @@ def find_parts(
         graph: in which every weight is read by a ``get_attr`` node.
         reads_of: name of the weight -> the nodes that read it.
         shape_of: name of the weight -> its shape.
+        opaque: calls of modules that apply weights of their own, such as an LSTM.
 
     Returns:
         Name of the weight -> its part, without those that are vectors in all but their shape:
@@ -85,7 +87,8 @@ def find_parts(
     kinds = {name: _kind(flow, name) for name in reads_of}
     vectors = {name for name in reads_of if _is_vector(shape_of[name], reads_of[name])}
     tables = {name for name in reads_of if kinds[name] == "raw" and _is_table(flow, name)}
-    structure = _Structure(flow, tables | vectors)
+    applied = {node for node, weights in flow.weights_of.items() if set(weights) - tables - vectors}
+    structure = _Structure(flow, applied.union(opaque))
     deepest = max(structure.depth.values(), default=1)
 
     def depth_of(name: str) -> float:
@@ -173,11 +176,9 @@ class _Structure:
     *join*, where a branch comes back to the value that it started from.
     """
 
-    def __init__(self, flow: _Flow, no_steps: set[str]) -> None:
+    def __init__(self, flow: _Flow, applied: set[fx.Node]) -> None:
         self.flow = flow
-        self.applied = {
-            node for node, weights in flow.weights_of.items() if not no_steps.issuperset(weights)
-        }
+        self.applied = applied.intersection(flow.graph)  # operations that apply a weight
         self.depth: dict[fx.Node, int] = {}  # operations on the longest path here, with its own
         self.events: list[fx.Node] = []
         self.bit: dict[fx.Node, int] = {}

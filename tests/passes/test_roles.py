@@ -471,3 +471,17 @@ def test_a_frozen_layer_still_counts_as_one():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     assert roles(model) == {"2": "other", "4": "head"}
+
+
+def test_modules_that_stay_calls_are_layers_too():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.middle = nn.GRU(4, 8), nn.Linear(8, 8)
+            self.attention, self.last = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.middle(self.recurrent(x)[0])
+            return y + self.attention(y, y, y)[0], self.last(y)
+
+    assert roles(Tagger()) == {"middle": "residual_writer", "last": "head"}
