@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from npas_fx.ir import Inventory, Kept, Site
 from npas_fx.passes.blocks import find_repeats
+from npas_fx.passes.flow import is_question
 from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS
-from npas_fx.passes.roles import find_parts, is_question
+from npas_fx.passes.roles import find_parts
 
 _CHANGES_FIRST = IN_PLACE_FUNCTIONS | {operator.setitem}
 

@@ -13,21 +13,13 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
-from torch.nn import functional
+
+from npas_fx.passes.flow import KINDS, Flow
 
 _SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
 _SUMS |= {"add", "add_", "sub", "sub_"}
 _CATS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_KINDS: dict[Any, str] = {
-    functional.embedding: "embedding",
-    functional.linear: "linear",
-    functional.conv1d: "conv",
-    functional.conv2d: "conv",
-    functional.conv3d: "conv",
-}
-_QUESTIONS = ("device", "dtype", "shape", "ndim", "is_cuda")
-_SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +50,6 @@ class Part:
     depth: float
 
 
-def is_question(node: fx.Node) -> bool:
-    """Whether an operation asks a tensor for its shape or alike, and uses none of its values."""
-    if node.op == "call_method":
-        return node.target in _SHAPE_METHODS
-    return node.target is getattr and node.args[1] in _QUESTIONS
-
-
 def find_parts(
     graph: fx.Graph,
     reads_of: Mapping[str, Sequence[fx.Node]],
@@ -83,7 +68,7 @@ def find_parts(
         Name of the weight -> its part, without those that are vectors in all but their shape:
         scales, class tokens and alike.
     """
-    flow = _Flow(graph, reads_of)
+    flow = Flow(graph, reads_of)
     kinds = {name: _kind(flow, name) for name in reads_of}
     vectors = {name for name in reads_of if _is_vector(shape_of[name], reads_of[name])}
     tables = {name for name in reads_of if kinds[name] == "raw" and _is_table(flow, name)}
@@ -109,60 +94,18 @@ def find_parts(
     }
 
 
-class _Flow:
-    """How values flow that depend on the inputs; and which operation applies which weight.
-
-    Between a weight and the operation that applies it may be others, of constants alone: a view, a
-    lookup of positions, a resized table.
-    """
-
-    def __init__(self, graph: fx.Graph, reads_of: Mapping[str, Sequence[fx.Node]]) -> None:
-        self.graph: nx.DiGraph[fx.Node] = nx.DiGraph()
-        self.weights_of: dict[fx.Node, list[str]] = {}
-        self.uses_of: dict[str, list[fx.Node]] = {name: [] for name in reads_of}
-        self.looked_up: set[str] = set()  # by indices, on the way to what applies them
-        self.from_input: set[fx.Node] = set()
-        read = {node: [name] for name, nodes in reads_of.items() for node in nodes}
-        constant: dict[fx.Node, list[str]] = {}  # -> the weights in it
-        for node in graph.nodes:
-            sources = node.all_input_nodes
-            weights = [name for source in sources for name in constant.get(source, [])]
-            is_applied = weights and node.target in _KINDS
-            is_constant = node.op != "placeholder" and all(s in constant for s in sources)
-            if is_question(node):
-                constant[node] = []
-            elif is_constant and not is_applied:
-                constant[node] = [*weights, *read.get(node, [])]
-                if node.target in (operator.getitem, torch.index_select) and len(sources) > 1:
-                    self.looked_up.update(weights)
-            elif node.op != "output":
-                values = [source for source in sources if source not in constant]
-                self.graph.add_node(node)
-                self.graph.add_edges_from((value, node) for value in values)
-                if node.op == "placeholder" or not self.from_input.isdisjoint(values):
-                    self.from_input.add(node)
-                if weights:
-                    self.weights_of[node] = weights
-                    for name in dict.fromkeys(weights):
-                        self.uses_of[name].append(node)
-
-    def values(self, node: fx.Node) -> list[fx.Node]:
-        """What an operation is given, without constants."""
-        return list(self.graph.predecessors(node)) if node in self.graph else []
-
-
-def _kind(flow: _Flow, name: str) -> str:
-    kinds = {_KINDS.get(node.target, "raw") for node in flow.uses_of[name]}
+def _kind(flow: Flow, name: str) -> str:
+    kinds = {KINDS.get(node.target, "raw") for node in flow.uses_of[name]}
     return min(kinds, key=("embedding", "linear", "conv", "raw").index, default="raw")
 
 
 def _is_vector(shape: Sequence[int], reads: Sequence[fx.Node]) -> bool:
     """Whether one dimension at most is larger than 1, and no layer is made of it as it is."""
-    is_layer = any(user.target in _KINDS for read in reads for user in read.users)
+    is_layer = any(user.target in KINDS for read in reads for user in read.users)
     return math.prod(shape) == max(shape, default=1) and not is_layer
 
 
-def _is_table(flow: _Flow, name: str) -> bool:
+def _is_table(flow: Flow, name: str) -> bool:
     uses = flow.uses_of[name]
     is_added = bool(uses) and all(node.target in _SUMS | _CATS for node in uses)
     return is_added or name in flow.looked_up
@@ -176,7 +119,7 @@ class _Structure:
     *join*, where a branch comes back to the value that it started from.
     """
 
-    def __init__(self, flow: _Flow, applied: set[fx.Node]) -> None:
+    def __init__(self, flow: Flow, applied: set[fx.Node]) -> None:
         self.flow = flow
         self.applied = applied.intersection(flow.graph)  # operations that apply a weight
         self.depth: dict[fx.Node, int] = {}  # operations on the longest path here, with its own
@@ -340,4 +283,4 @@ def _is_piece(node: fx.Node) -> bool:
 
 def _is_grouped(node: fx.Node) -> bool:
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return _KINDS.get(node.target) == "conv" and isinstance(groups, int) and groups > 1
+    return KINDS.get(node.target) == "conv" and isinstance(groups, int) and groups > 1
