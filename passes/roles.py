@@ -211,10 +211,10 @@ class _Structure:
     def _note_meeting(self, node: fx.Node, values: Sequence[fx.Node]) -> None:
         """Note operations on one value, or on what norms and alike make of it, that meet here."""
         meeting = _union(self.last[value] for value in values)
-        on: dict[int, int] = defaultdict(int)
+        on: dict[object, int] = defaultdict(int)
         for event in self._events_in(meeting):
             if event in self.applied:
-                on[self._given(event)] |= self.bit[event]
+                on[self._given(event) or tuple(self.flow.values(event))] |= self.bit[event]
         for together in on.values():
             if together.bit_count() > 1:
                 self.parallel |= together

@@ -424,6 +424,41 @@ def test_one_weight_around_the_stream_reads_and_writes_it():
     }
 
 
+def test_a_stream_within_a_branch_does_not_make_its_start_a_writer():
+    def nested(self, x):
+        y = F.relu(self.read(x))
+        return x + self.write(y + self.inner(F.relu(y)))
+
+    assert roles_between(nested, **dict.fromkeys(("read", "inner", "write"), (8, 8))) == {
+        "read": "residual_reader",
+        "inner": "residual_writer",
+        "write": "residual_writer",
+    }
+
+
+def test_what_is_made_from_constants_is_neither_stem_nor_branch():
+    def placed(self, x):
+        places = self.places(torch.linspace(0, 1, 8))
+        x = F.relu(self.inner(x)) + places
+        return self.outer(x)
+
+    shapes = dict.fromkeys(("places", "inner", "outer"), (8, 8))
+    assert set(roles_between(placed, **shapes).values()) == {"other"}
+
+
+def test_two_inputs_with_a_layer_each_are_two_stems():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fuse = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x, y):
+            return self.head(F.relu(self.fuse(F.relu(self.a(x) * self.b(y)))))
+
+    assert roles(Two()) == {"a": "stem", "b": "stem", "fuse": "other", "head": "head"}
+
+
 def test_weights_around_a_difference():
     assert roles_between(
         lambda self, x: x - self.noise(F.relu(self.read(x))), read=(8, 8), noise=(8, 8)

@@ -235,6 +235,24 @@ def test_a_search_that_is_cut_short_still_bounds(monkeypatch: pytest.MonkeyPatch
     assert cut.objective <= greedy.select(problem).objective
 
 
+@pytest.mark.parametrize("close_enough", [0.0, 0.03, 0.5])
+def test_a_search_that_stops_close_enough_still_bounds(
+    close_enough: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = ladder(30, 1483)
+    best = cp_sat.select(problem)
+    assert best.status == "optimal"
+    monkeypatch.setattr(cp_sat, "ROUNDS", ((None, 8.0),))
+    monkeypatch.setattr(cp_sat, "PROOF", 0.001)
+    monkeypatch.setattr(cp_sat, "CLOSE_ENOUGH", close_enough)
+    close = cp_sat.select(problem)
+    assert close.bound <= best.objective <= close.objective
+    assert close.gap <= close_enough
+    assert (close.status == "optimal") == (close.gap == 0.0)
+    if close_enough == 0.5:
+        assert close.objective > best.objective  # it did stop
+
+
 def test_a_search_among_few_candidates_claims_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = ladder(30, 1483)
     best = cp_sat.select(problem)
