@@ -114,8 +114,8 @@ def _build_model(target: str, meta: bool) -> tuple[nn.Module, Any]:
         build: Any = importlib.import_module(module_name)
         for name in path.split("."):
             build = getattr(build, name)
-    except (ImportError, AttributeError) as err:
-        _fail(f"{target}: {err}")
+    except Exception as err:  # whatever a user's code raises, here and below
+        _fail(f"{target} cannot be imported: {type(err).__name__}: {err}")
     if not callable(build) or isinstance(build, nn.Module):
         _fail(
             f"{target} is a {type(build).__name__}; name a function or class that makes the model"
@@ -123,7 +123,7 @@ def _build_model(target: str, meta: bool) -> tuple[nn.Module, Any]:
     try:
         with torch.device("meta") if meta else nullcontext():
             made = build()
-    except Exception as err:  # whatever a user's code raises
+    except Exception as err:
         _fail(f"{target}() raised {type(err).__name__}: {err}")
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

@@ -133,6 +133,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "some_models").mkdir()
     (tmp_path / "some_models" / "nets.py").write_text(MODELS, encoding="utf-8")
+    (tmp_path / "some_models" / "bad.py").write_text("1 / 0\n", encoding="utf-8")
     return tmp_path
 
 
@@ -165,6 +166,7 @@ def test_inspect_on_the_meta_device_takes_no_memory(folder: Path):
         ("some_models.nets", "package.module:callable"),
         ("some_models.nets:", "package.module:callable"),
         ("no_such_package.nets:model", "no_such_package"),
+        ("some_models.bad:model", "ZeroDivisionError"),
         ("some_models.nets:missing", "missing"),
         ("some_models.nets:made", "name a function or class"),
         ("some_models.nets:number", "returned no model, but int"),
