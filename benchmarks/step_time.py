@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 import npas_fx
+from machine import describe_cpu
 from npas_fx.examples.wide_resnet import WideResNet
 
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 1.5)
@@ -81,12 +82,7 @@ def _page(args: argparse.Namespace, lines: list[str]) -> str:
 def _machine(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = f" ({named[0].partition(':')[2].strip()})" if named else ""
-    return f"{platform.machine()}{model}, {torch.get_num_threads()} threads"
+    return f"{describe_cpu()}, {torch.get_num_threads()} threads"
 
 
 def _build(args: argparse.Namespace, budget: float | None) -> nn.Module:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import npas_fx
+from machine import describe_cpu
 from npas_fx import api, planning
 from npas_fx.passes.emit import EmittedModule
 from npas_fx.profiles import PROFILES
@@ -200,7 +201,8 @@ def _head(args: argparse.Namespace) -> str:
     return (
         "# What a transform takes, step by step\n\n"
         f"`{command}`\n\n"
-        f"{_machine()}; Python {platform.python_version()}, {torch_and_timm}; medians of "
+        f"{describe_cpu()}, {os.cpu_count()} cores, {THREADS} threads; "
+        f"Python {platform.python_version()}, {torch_and_timm}; medians of "
         f"{args.repeats} repetitions, budgets in turn. In brackets: as a multiple of building the "
         "model (timm, random weights) in the same repetition. Timings on a shared machine are "
         "noisy, the multiples less so than the seconds.\n\n"
@@ -210,15 +212,6 @@ def _head(args: argparse.Namespace) -> str:
         "comparisons; below each table is what four such passes of the plain model take. Not in "
         "these figures: the first transform in a process also imports the solver."
     )
-
-
-def _machine() -> str:
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = f" ({named[0].partition(':')[2].strip()})" if named else ""
-    return f"{platform.machine()}{model}, {os.cpu_count()} cores, {THREADS} threads"
 
 
 if __name__ == "__main__":

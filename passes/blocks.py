@@ -14,6 +14,7 @@ from npas_fx.ir import Repeats
 from npas_fx.passes.tandem_repeats import find_tandem_repeats
 
 Block: TypeAlias = tuple[str, tuple[fx.Node, ...]]  # path, nodes
+Group: TypeAlias = tuple[str, list[Block]]  # signature, blocks that have it
 
 
 def find_repeats(
@@ -30,23 +31,21 @@ def find_repeats(
         skeleton: the model without its values.
         sites: names of the weights that could be generated.
     """
-    blocks = _repeated_modules(graph, skeleton, sites)
-    covered = {node for group in blocks for _, nodes in group for node in nodes}
-    blocks += _repeated_stretches(graph, skeleton, sites, covered)
+    groups = _repeated_modules(graph, skeleton, sites)
+    covered = {node for _, blocks in groups for _, nodes in blocks for node in nodes}
+    groups += _repeated_stretches(graph, skeleton, sites, covered)
     place = {node: k for k, node in enumerate(graph.nodes)}
     return tuple(
         Repeats(
-            signature=sign(group[0][1], skeleton),
-            paths=tuple(path for path, _ in group),
-            sites=tuple(_sites(nodes, sites) for _, nodes in group),
+            signature=signature,
+            paths=tuple(path for path, _ in blocks),
+            sites=tuple(_sites(nodes, sites) for _, nodes in blocks),
         )
-        for group in sorted(blocks, key=lambda group: place[group[0][1][0]])
+        for signature, blocks in sorted(groups, key=lambda group: place[group[1][0][1][0]])
     )
 
 
-def _repeated_modules(
-    graph: fx.Graph, skeleton: nn.Module, sites: Collection[str]
-) -> list[list[Block]]:
+def _repeated_modules(graph: fx.Graph, skeleton: nn.Module, sites: Collection[str]) -> list[Group]:
     nodes_of: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         for call, (path, _) in node.meta.get("nn_module_stack", {}).items():
@@ -57,17 +56,17 @@ def _repeated_modules(
     groups = _group_same(((path, nodes) for nodes, path in smallest.items()), skeleton, sites)
     found = []
     listed: set[str] = set()
-    for group in sorted(groups, key=lambda group: -len(group[0][1])):
-        fresh = [block for block in group if listed.isdisjoint(_parents(block[0]))]
+    for signature, blocks in sorted(groups, key=lambda group: -len(group[1][0][1])):
+        fresh = [block for block in blocks if listed.isdisjoint(_parents(block[0]))]
         if len(fresh) > 1:
-            found.append(fresh)
+            found.append((signature, fresh))
             listed.update(path for path, _ in fresh)
     return found
 
 
 def _repeated_stretches(
     graph: fx.Graph, skeleton: nn.Module, sites: Collection[str], covered: Collection[fx.Node]
-) -> list[list[Block]]:
+) -> list[Group]:
     operations = [node for node in graph.nodes if node.op[:4] == "call"]
     labels = [
         # What is covered equals nothing, so that no stretch reaches over it.
@@ -94,18 +93,18 @@ def _repeated_stretches(
             and all(_feeds(one, other) for one, other in pairwise(best))
         ):
             named = zip(map(_name_by, weights), map(tuple, blocks), strict=True)
-            found += [group for group in _group_same(named, skeleton, sites) if len(group) > 1]
+            found += [group for group in _group_same(named, skeleton, sites) if len(group[1]) > 1]
     return found
 
 
 def _group_same(
     blocks: Iterable[Block], skeleton: nn.Module, sites: Collection[str]
-) -> list[list[Block]]:
+) -> list[Group]:
     groups: dict[str, list[Block]] = defaultdict(list)
     for path, nodes in blocks:
         if sum(node.op != "get_attr" for node in nodes) > 1 and _sites(nodes, sites):
             groups[sign(nodes, skeleton)].append((path, nodes))
-    return list(groups.values())
+    return list(groups.items())
 
 
 def _with_reads(operations: Sequence[fx.Node]) -> list[fx.Node]:
