@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -28,10 +28,6 @@ ROLE_FACTORS = {
 # How alike the ideal weights of two sites are taken to be: the sum of what they have in common.
 # Where the numbers come from, and how little that is: docs/decisions/0004-prices-from-structure.md.
 ALIKE = {"anything": 0.1, "kind": 0.2, "role": 0.4, "shape": 0.3}
-# Likeness falls by this factor from the input of the network to its output.
-DEPTH_DECAY = 3.0
-# Price of putting unlike weights into one bank, as a share of what the bank gives up.
-CONFLICT = 0.5
 # Price of any sharing at all, so that nothing shared is ever as good as dedicated weights.
 SHARING = 0.05
 # What doubling a bank beyond the size of its weights is worth; so little that no weights are
@@ -39,6 +35,23 @@ SHARING = 0.05
 EXCESS = 0.02
 # Prices are multiples of this, so that their sums are exact in floating point.
 RESOLUTION = 2.0**-32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What prices from structure rest on; each can be another to see what it is worth.
+
+    Attributes:
+        role_factors: role -> how much a parameter of it matters.
+        alike: what two sites may have in common -> how alike it makes them; the sum is 1.
+        depth_decay: likeness falls by this factor from the input of the network to its output.
+        conflict: price of unlike weights in one bank, as a share of what the bank gives up.
+    """
+
+    role_factors: Mapping[str, float] = field(default_factory=lambda: ROLE_FACTORS)
+    alike: Mapping[str, float] = field(default_factory=lambda: ALIKE)
+    depth_decay: float = 3.0
+    conflict: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,7 @@ class StructureProfile:
     importance: npt.NDArray[np.float64]
     likeness: npt.NDArray[np.float64]
     similarity: npt.NDArray[np.float64]
+    assumptions: Assumptions = field(default_factory=Assumptions)
 
     @property
     def name(self) -> str:
@@ -80,7 +94,9 @@ class StructureProfile:
         reach = share * (len(left) - 1)
         whole = min(int(reach), len(left) - 2)  # numpy.interp, called for each candidate, is slow
         tail = left[whole] + (reach - whole) * (left[whole + 1] - left[whole])
-        return _round(tail + (1 - share) * (CONFLICT * conflict + SHARING * importance))
+        return _round(
+            tail + (1 - share) * (self.assumptions.conflict * conflict + SHARING * importance)
+        )
 
     def _spectrum(self, sites: tuple[int, ...]) -> tuple[list[float], float, float]:
         if sites not in self._spectra:
@@ -99,28 +115,32 @@ class StructureProfile:
         return self._spectra[sites]
 
 
-def profile_structure(inventory: Inventory) -> StructureProfile:
+def profile_structure(
+    inventory: Inventory, assumptions: Assumptions | None = None
+) -> StructureProfile:
     """Profile an inventory from the shapes, roles and depth of its sites."""
-    sites = inventory.sites
-    matters = np.array([site.numel * ROLE_FACTORS[site.role] for site in sites], dtype=np.float64)
+    assumptions = Assumptions() if assumptions is None else assumptions
+    sites, factors = inventory.sites, assumptions.role_factors
+    matters = np.array([site.numel * factors[site.role] for site in sites], dtype=np.float64)
     depth = np.array([site.depth for site in sites])
-    similarity = np.array([[_similarity(a, b) for b in sites] for a in sites]).reshape(
-        len(sites), len(sites)
-    )
-    nearness = np.exp(-math.log(DEPTH_DECAY) * np.abs(depth[:, None] - depth))
+    similarity = np.array(
+        [[_similarity(a, b, assumptions.alike) for b in sites] for a in sites]
+    ).reshape(len(sites), len(sites))
+    nearness = np.exp(-math.log(assumptions.depth_decay) * np.abs(depth[:, None] - depth))
     return StructureProfile(
         importance=matters / max(matters.sum(), 1),
         likeness=similarity * nearness,
         similarity=similarity,
+        assumptions=assumptions,
     )
 
 
-def _similarity(a: Site, b: Site) -> float:
+def _similarity(a: Site, b: Site, alike: Mapping[str, float]) -> float:
     return (
-        ALIKE["anything"]
-        + ALIKE["kind"] * (a.kind == b.kind)
-        + ALIKE["role"] * (a.role == b.role)
-        + ALIKE["shape"] * (a.shape == b.shape)
+        alike["anything"]
+        + alike["kind"] * (a.kind == b.kind)
+        + alike["role"] * (a.role == b.role)
+        + alike["shape"] * (a.shape == b.shape)
     )
 
 
