@@ -70,7 +70,10 @@ class WeightedAverage:
         numels = [math.prod(shape) for shape in shapes]
         room = max(numels) - size.template_size
         if room:
-            more = min(room, parameters // size.num_templates, max(1, size.template_size // 20))
+            step = max(1, size.template_size // 20)
+            if _align(size.template_size + step, max(numels)) <= size.template_size:
+                step = ALIGNMENT
+            more = min(room, parameters // size.num_templates, step)
             longer = _align(size.template_size + more, max(numels))
             return replace(size, template_size=longer) if longer > size.template_size else None
         affordable = parameters // (size.template_size + size.rows(numels))

@@ -64,3 +64,11 @@ def test_tiles_of_one_template_differ():
     tensors = WAVG.birth(shapes, size, moments, torch.Generator().manual_seed(0))
     (weight,) = WAVG.generate(tensors, shapes, size)
     assert len({round(row.norm().item(), 5) for row in weight}) == 4
+
+
+@pytest.mark.parametrize("template_size", [1, 20, 255, 256, 288, 304, 320, 1008])
+def test_tiles_get_longer_wherever_there_is_room(template_size):
+    size = Size(num_templates=2, template_size=template_size)
+    longer = WAVG.enlarge(((32, 32), (32, 32)), size, 10_000)
+    assert longer is not None
+    assert template_size < longer.template_size <= max(1.1 * template_size, template_size + 16)
