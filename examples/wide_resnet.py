@@ -32,15 +32,16 @@ class WideResNet(nn.Module):
 
     Args:
         depth: number of layers, ``6 n + 4``.
-        width: factor of the channels 16, 32 and 64.
+        width: factor of the channels 16, 32 and 64, which are rounded; below 1 also of the stem's.
         num_classes: outputs.
     """
 
-    def __init__(self, depth: int = 16, width: int = 4, num_classes: int = 10) -> None:
+    def __init__(self, depth: int = 16, width: float = 4, num_classes: int = 10) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth={depth} is not 6 n + 4; take 10, 16, 22, 28 or more")
-        channels = (16, 16 * width, 32 * width, 64 * width)
+        stages = (round(16 * width), round(32 * width), round(64 * width))
+        channels = (min(16, stages[0]), *stages)
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.stages = nn.Sequential(
             *(

@@ -1,0 +1,1 @@
+"""Quality of networks that share parameters, against what one would do by hand."""

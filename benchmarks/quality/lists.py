@@ -1,0 +1,127 @@
+"""The lists of runs, each in the order of what is learned first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from quality.records import Run, write_options
+from quality.tasks import find_recipe
+
+SEEDS = (0, 1, 2)
+BELOW = (0.25, 0.1, 0.5)
+BASELINES_BELOW = (
+    "narrower",
+    "shallower",
+    "tied_runs",
+    "tied_by_role",
+    "low_rank",
+    "one_bank",
+    "random_groups",
+    "ssn",
+)
+BASELINES_ABOVE = ("overparameterized", "one_bank", "random_groups", "ssn")
+# Of trials: seeds and, for each method, learning rates and decays, as multiples of the recipe's.
+TRIAL_SEEDS = (100, 101, 102)
+TRIAL_RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.2))
+# Task and method -> rates that were better than the recipe's in trials, for the results.
+CHOSEN_RATES = {("characters", "plain"): (0.5, 1.0)}
+
+
+def make_run(
+    study: str,
+    task: str,
+    method: str,
+    budget: float,
+    seed: int,
+    *,
+    setting: str = "small",
+    rates: tuple[float, float] = (1.0, 1.0),
+    share_of_steps: float = 1.0,
+    reads_test: bool = False,
+    **options: object,
+) -> Run:
+    """A run by the task's recipe; ``rates`` are multiples of its learning rate and decay."""
+    recipe = find_recipe(task, setting)
+    return Run(
+        study=study,
+        task=task,
+        setting=setting,
+        method=method,
+        budget=budget,
+        seed=seed,
+        steps=round(share_of_steps * recipe.steps),
+        lr=recipe.lr * rates[0],
+        weight_decay=recipe.weight_decay * rates[1],
+        options=write_options(**options),
+        reads_test=reads_test,
+    )
+
+
+def list_trials(task: str) -> Iterator[Run]:
+    """Learning rates and decays, the same ones for each method."""
+    for rates in TRIAL_RATES:
+        yield make_run(
+            "trials", task, "plain", 1.0, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
+        )
+        for method in ("ours", *BASELINES_BELOW):
+            yield make_run(
+                "trials", task, method, 0.25, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
+            )
+
+
+def list_coefficients(task: str) -> Iterator[Run]:
+    """Learning rate and decay of coefficients; gains trained or fixed."""
+    for seed in TRIAL_SEEDS:
+        for options in (
+            {},
+            {"coefficient_lr": 5.0},
+            {"coefficient_lr": 2.0},
+            {"coefficient_lr": 10.0},
+            {"gain": "trained"},
+            {"coefficient_decay": find_recipe(task, "small").weight_decay},
+        ):
+            yield make_run("coefficients", task, "ours", 0.25, seed, **options)
+
+
+def list_generators(task: str) -> Iterator[Run]:
+    """Which generators the solver may choose from."""
+    for seed in TRIAL_SEEDS:
+        for budget in BELOW:
+            for generators in (["tied", "wavg"], ["wavg"]):
+                yield make_run("generators", task, "ours", budget, seed, generators=generators)
+
+
+def list_templates(task: str) -> Iterator[Run]:
+    """Few templates for few weights, or many for many: the same number of parameters."""
+    for seed in TRIAL_SEEDS:
+        for by in ("runs", "place", "role", "shape", "kind"):
+            yield make_run("templates", task, "groups", 0.25, seed, by=by)
+
+
+def list_prices(task: str) -> Iterator[Run]:
+    """Forty random plans at each of three budgets, trained briefly."""
+    for draw in range(40):
+        for budget in BELOW:
+            yield make_run(
+                "prices", task, "random_plan", budget, TRIAL_SEEDS[0], share_of_steps=0.5, draw=draw
+            )
+
+
+def list_results(task: str) -> Iterator[Run]:
+    """Ours and all baselines at all budgets; reads the test set."""
+    below = [(method, budget) for budget in BELOW for method in ("ours", *BASELINES_BELOW)]
+    above = [(method, 2.0) for method in ("ours", *BASELINES_ABOVE)]
+    for seed in SEEDS:
+        for method, budget in (("plain", 1.0), *below, *above, ("ours", 1.0)):
+            rates = CHOSEN_RATES.get((task, method), (1.0, 1.0))
+            yield make_run("results", task, method, budget, seed, rates=rates, reads_test=True)
+
+
+LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
+    "trials": list_trials,
+    "coefficients": list_coefficients,
+    "generators": list_generators,
+    "templates": list_templates,
+    "prices": list_prices,
+    "results": list_results,
+}

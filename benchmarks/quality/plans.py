@@ -1,0 +1,190 @@
+"""Plans that nobody optimised: groups made by hand, or drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+import npas_fx
+from npas_fx.ir import Inventory, Plan, Site
+from npas_fx.ir.size import Size
+from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, Solver
+from npas_fx.solvers.problem import restrict
+
+Groups = Sequence[Sequence[str]]
+
+
+def plan_groups(
+    model: nn.Module,
+    budget: object,
+    groups: Groups,
+    generators: Sequence[str] = ("wavg",),
+) -> Plan:
+    """Give each group one bank, all about the same share of their weights; the rest is dedicated.
+
+    Sizes of banks come in steps of about a half, so shares differ by up to that.
+
+    Args:
+        model: to plan for.
+        budget: as for ``npas_fx.plan``.
+        groups: of names of sites; one that stands alone may stay dedicated.
+        generators: that banks may follow.
+
+    Raises:
+        npas_fx.InfeasibleBudgetError: with these groups it cannot be met.
+    """
+    names = [site.name for site in npas_fx.inspect(model).sites]
+    grouped = {name for group in groups for name in group}
+    return npas_fx.plan(
+        model,
+        budget,
+        same_bank=[list(group) for group in groups if len(group) > 1],
+        keep_private=[name for name in names if name not in grouped] or None,
+        profile=Proportional,
+        generators=generators,
+        solver=_only([[names.index(name) for name in group] for group in groups], len(names)),
+    )
+
+
+def group_sites(model: nn.Module, key: Callable[[Site], Hashable]) -> list[list[str]]:
+    """Group the names of sites, in the order of their depth."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for site in sorted(npas_fx.inspect(model).sites, key=lambda site: site.depth):
+        groups[key(site)].append(site.name)
+    return list(groups.values())
+
+
+def cut_groups(groups: Groups, length: int) -> list[list[str]]:
+    """Cut each group into runs of at most ``length``."""
+    return [
+        list(group[start : start + length])
+        for group in groups
+        for start in range(0, len(group), length)
+    ]
+
+
+def shuffle_groups(groups: Groups, number: int, seed: int) -> list[list[str]]:
+    """Deal out all names to ``number`` groups of equal size, give or take one."""
+    names = [name for group in groups for name in group]
+    order = np.random.default_rng(seed).permutation(len(names))
+    return [[names[k] for k in part] for part in np.array_split(order, number) if len(part)]
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """A profile by which every bank should own the same share of its weights."""
+
+    inventory: Inventory
+
+    @property
+    def name(self) -> str:
+        """Of the profile."""
+        return "equal shares"
+
+    @property
+    def distance(self) -> npt.NDArray[np.float64]:
+        """Not used, since the groups are given."""
+        return np.zeros((len(self.inventory.sites),) * 2)
+
+    def price(self, sites: Sequence[int], share: float) -> float:
+        """Quadratic in the missing share, so that equal shares are cheapest."""
+        numel = sum(self.inventory.sites[k].numel for k in sites)
+        total = sum(site.numel for site in self.inventory.sites)
+        if share > 1:
+            return -1e-3 * numel / total * math.log2(share)
+        return max(numel / total * (1 - share) ** 2, 1e-9)
+
+
+def _only(groups: Sequence[Sequence[int]], num_sites: int) -> Solver:
+    """A solver that takes the given groups, and single sites where there is none."""
+    grouped = {k for group in groups for k in group}
+    wanted = {tuple(sorted(group)) for group in groups}
+    wanted |= {(k,) for k in range(num_sites) if k not in grouped}
+
+    def select(problem: PlanningProblem) -> Selection:
+        kept = [c for c, members in enumerate(problem.members) if members in wanted]
+        selection = SOLVERS["cp_sat"](restrict(problem, kept))
+        return replace(selection, chosen=tuple(kept[c] for c in selection.chosen))
+
+    return select
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A profile that prices at random, so that the best plan is a random one.
+
+    A bank costs the logarithm of its reuse, which spreads what there is over all banks, times a
+    factor of its own, and each role's weights times a factor of the role. All factors are the same
+    for the same seed.
+    """
+
+    inventory: Inventory
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the profile."""
+        return f"random prices {self.seed}"
+
+    @property
+    def distance(self) -> npt.NDArray[np.float64]:
+        """Random, so that the clustering tree is."""
+        count = len(self.inventory.sites)
+        drawn = np.random.default_rng([self.seed, 0]).random((count, count)) + 0.1
+        symmetric: npt.NDArray[np.float64] = drawn + drawn.T
+        np.fill_diagonal(symmetric, 0)
+        return symmetric
+
+    def price(self, sites: Sequence[int], share: float) -> float:
+        """A random factor of the bank, times what each of its sites shares."""
+        reuse = max(-math.log(share), 1e-9)
+        own = math.exp(np.random.default_rng([self.seed, 1, *sites]).normal() / 2)
+        return own * reuse * sum(self._worth(self.inventory.sites[k]) for k in sites)
+
+    def _worth(self, site: Site) -> float:
+        letters = [ord(letter) for letter in site.role]
+        drawn = np.random.default_rng([self.seed, 2, *letters]).normal()
+        return site.numel * math.exp(drawn / 2)
+
+
+def describe_plan(plan: Plan, inventory: Inventory) -> str:
+    """Write the banks as JSON: numbers of sites, generator, templates, their size, the partial."""
+    number = {site.name: index for index, site in enumerate(inventory.sites)}
+    banks = [
+        [
+            [number[name] for name in bank.sites],
+            bank.generator,
+            bank.size.num_templates,
+            bank.size.template_size,
+            bank.size.num_partial,
+        ]
+        for bank in plan.banks
+    ]
+    return json.dumps(banks, separators=(",", ":"))
+
+
+def read_banks(described: str) -> Iterable[tuple[tuple[int, ...], str, Size]]:
+    """Read what ``describe_plan`` wrote: sites, generator and size of each bank."""
+    for sites, generator, num_templates, template_size, num_partial in json.loads(described):
+        size = Size(
+            num_templates=num_templates, template_size=template_size, num_partial=num_partial
+        )
+        yield tuple(sites), generator, size
+
+
+def count_generation_flops(plan: Plan, inventory: Inventory) -> int:
+    """Count multiplications and additions that make all weights of a plan once."""
+    numel = {site.name: site.numel for site in inventory.sites}
+    total = 0
+    for bank in plan.banks:
+        if not bank.is_dedicated:
+            rows = bank.size.num_templates + bank.size.partial_rows
+            total += 2 * rows * sum(numel[name] for name in bank.sites)
+    return total
