@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from machine import describe_cpu
-from quality.methods import METHODS, Assignment, count_parameters
+from quality.contestant import Assignment, count_parameters
+from quality.methods import METHODS
 from quality.records import Result, Row, Run
 from quality.tasks import Task, read_task
 from quality.training import Rates, compare_step_times, fit

@@ -59,13 +59,12 @@ def make_run(
 
 def list_trials(task: str) -> Iterator[Run]:
     """Learning rates and decays, the same ones for each method."""
+    budget_of = dict.fromkeys(("ours", *BASELINES_BELOW), 0.25)
+    budget_of |= {"plain": 1.0, "overparameterized": 2.0}
     for rates in TRIAL_RATES:
-        yield make_run(
-            "trials", task, "plain", 1.0, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
-        )
-        for method in ("ours", *BASELINES_BELOW):
+        for method, budget in budget_of.items():
             yield make_run(
-                "trials", task, method, 0.25, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
+                "trials", task, method, budget, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
             )
 
 
@@ -80,7 +79,8 @@ def list_coefficients(task: str) -> Iterator[Run]:
             {"gain": "trained"},
             {"coefficient_decay": find_recipe(task, "small").weight_decay},
         ):
-            yield make_run("coefficients", task, "ours", 0.25, seed, **options)
+            for budget in (0.25, 0.1):
+                yield make_run("coefficients", task, "ours", budget, seed, **options)
 
 
 def list_generators(task: str) -> Iterator[Run]:
@@ -113,7 +113,8 @@ def list_results(task: str) -> Iterator[Run]:
     above = [(method, 2.0) for method in ("ours", *BASELINES_ABOVE)]
     for seed in SEEDS:
         for method, budget in (("plain", 1.0), *below, *above, ("ours", 1.0)):
-            rates = CHOSEN_RATES.get((task, method), (1.0, 1.0))
+            trained_as = "plain" if budget == 1 else method  # at 100 % ours is the plain network
+            rates = CHOSEN_RATES.get((task, trained_as), (1.0, 1.0))
             yield make_run("results", task, method, budget, seed, rates=rates, reads_test=True)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quality.contestant import Assignment, count_parameters
 from quality.data import Pictures, Text
-from quality.methods import Assignment, count_parameters
 from quality.tasks import Characters, Cifar, Recipe, Task
 
 NUM_TOKENS = 11

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from quality import execute as execution
+from quality.contestant import Assignment, Contestant
 from quality.execute import execute
-from quality.methods import Assignment, Contestant
 from quality.records import Result, Run, write_options
 from quality.tasks import Characters, Task
 from quality.training import Rates, fit
@@ -72,7 +72,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
 
     def probe(assignment: Assignment) -> Contestant:
         seen.append(assignment)
-        coefficients = (assignment.model.places,)
+        coefficients = (assignment.model.tokens.weight,)
         return Contestant(
             module=assignment.model, coefficients=coefficients, generation_flops=12, plan="[]"
         )
@@ -158,7 +158,7 @@ def test_options_go_to_the_rates_or_to_the_method(
     )
     assert calls[1]["rates"] == Rates(lr=0.02, weight_decay=0.1)
     for call, assignment in zip(calls, given, strict=True):
-        assert call["coefficients"] == (assignment.model.places,)
+        assert call["coefficients"] == (assignment.model.tokens.weight,)
 
 
 def test_budget_that_no_network_meets_is_an_error(train) -> None:

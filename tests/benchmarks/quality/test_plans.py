@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import npas_fx
 from npas_fx.ir import BankPlan, Inventory, Plan, Size
-from quality.methods import count_parameters
+from quality.contestant import count_parameters
 from quality.plans import (
     Drawn,
     Proportional,

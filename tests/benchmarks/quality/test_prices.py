@@ -19,7 +19,7 @@ from npas_fx.profiles.structure import (
     StructureProfile,
     profile_structure,
 )
-from quality.methods import count_parameters
+from quality.contestant import count_parameters
 from quality.plans import describe_plan, group_sites, plan_groups, shuffle_groups
 from quality.prices import PRICES, price_plan
 from small_tasks import TASKS, make_model
@@ -102,7 +102,7 @@ def some_plan() -> Plan:
     """Of the characters' network; one of its banks has a partial template."""
     model = MODELS["characters"]
     names = shuffle_groups(group_sites(model, lambda site: None), 3, 0)
-    plan = plan_groups(model, 0.45, names[:2])
+    plan = plan_groups(model, 0.5, names[:2])
     assert any(bank.size.num_partial for bank in plan.banks)
     assert any(bank.is_dedicated for bank in plan.banks)
     return plan

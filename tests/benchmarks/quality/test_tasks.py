@@ -265,7 +265,6 @@ def test_decoder_has_the_shapes_that_width_and_depth_say() -> None:
     shapes = {name: tuple(p.shape) for name, p in task.make(6, 3).named_parameters()}
     tokens = task.text.num_tokens
     assert shapes["tokens.weight"] == shapes["head.weight"] == (tokens, 6)
-    assert shapes["places"] == (8, 6)
     for block in range(3):
         for role in ("query", "key", "value", "out"):
             assert shapes[f"blocks.{block}.{role}.weight"] == (6, 6)

@@ -117,7 +117,7 @@ def test_rates_of_coefficients_stay_the_same_multiple(rates_seen: list[list[floa
     task = make_characters()
     module = make_module(task)
     rates = Rates(lr=0.01, weight_decay=0.0, coefficient_lr=5.0)
-    fit(module, task, steps=8, seed=0, rates=rates, coefficients=[module.places])
+    fit(module, task, steps=8, seed=0, rates=rates, coefficients=[module.tokens.weight])
     for *others, own in rates_seen:
         assert others == [pytest.approx(own / 5.0)] * len(others)
 
@@ -166,7 +166,7 @@ def step_with_gradient(
 
 def test_each_parameter_is_in_one_group() -> None:
     module = make_module(make_characters())
-    coefficients = [module.places, module.norm.bias]
+    coefficients = [module.tokens.weight, module.norm.bias]
     made = make_optimizer(module, RECIPE, RATES, coefficients)
     parameters = [id(each) for group in made.param_groups for each in group["params"]]
     assert sorted(parameters) == sorted(map(id, module.parameters()))
@@ -184,7 +184,7 @@ def test_gradients_are_clipped_together(clip: float | None) -> None:
         steps=1,
         seed=0,
         rates=Rates(lr=0.1, weight_decay=0.0),
-        coefficients=[module.places],
+        coefficients=[module.tokens.weight],
     )
     moves = [p.detach() - old for p, old in zip(module.parameters(), before, strict=True)]
     length = torch.cat([move.flatten() for move in moves]).norm().item() / (0.1 * 1.9)
