@@ -217,7 +217,7 @@ def _write_difference(metric: Metric, difference: Estimate | None, most: int) ->
 
 
 def write_costs(grid: Grid) -> str:
-    """Parameters, FLOPs and step time, each a mean over seeds; the plain network first."""
+    """Parameters, FLOPs and step time of what has run, plain first; means over seeds."""
     cells = {(PLAIN, 1.0): grid.plain}
     for method in grid.methods:
         for budget in grid.budgets:
@@ -225,6 +225,8 @@ def write_costs(grid: Grid) -> str:
     plain_parameters = mean(row.result.parameters for row in grid.plain.values())
     lines = []
     for (method, budget), cell in cells.items():
+        if not cell:
+            continue
         results = [row.result for row in cell.values()]
         parameters = mean(each.parameters for each in results)
         flops = mean(each.generation_flops for each in results)
