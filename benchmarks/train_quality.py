@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quality.data import FILE_OF, DataError, find_file
 from quality.execute import execute
 from quality.lists import LISTS
 from quality.methods import METHODS
@@ -54,6 +55,11 @@ def main() -> None:
     args = parser.parse_args()
     if not args.csv.parent.is_dir():
         parser.error(f"there is no folder {args.csv.parent}")
+    try:
+        for task in args.tasks:
+            find_file(args.data_dir, FILE_OF[task])
+    except DataError as err:
+        parser.error(str(err))  # now, not once for each run
     mend(args.csv)
     wanted = [run for name in args.lists for task in args.tasks for run in LISTS[name](task)]
     runs = [run for run in unfinished(wanted, read_rows(args.csv)) if _is_asked(run, args)]

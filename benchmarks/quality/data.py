@@ -14,6 +14,7 @@ from torch import Tensor
 
 TEXT = "tinyshakespeare.txt"
 PICTURES = "cifar10-jpeg.tar.xz"
+FILE_OF = {"characters": TEXT, "cifar": PICTURES}  # task -> its file
 # Shares of the text; the rest is for training.
 VALID_SHARE = TEST_SHARE = 0.05
 VALID_PICTURES = 5000
@@ -42,7 +43,7 @@ class Pictures:
 
 def read_text(data_dir: Path) -> Text:
     """Read a text and cut it into training, validation and test text, in this order."""
-    text = _find(data_dir, TEXT).read_text(encoding="utf-8")
+    text = find_file(data_dir, TEXT).read_text(encoding="utf-8")
     known = {character: number for number, character in enumerate(sorted(set(text)))}
     numbers = torch.tensor([known[character] for character in text])
     num_valid, num_test = round(len(text) * VALID_SHARE), round(len(text) * TEST_SHARE)
@@ -60,7 +61,7 @@ def read_pictures(data_dir: Path, cache_dir: Path, *, num_train: int | None = No
         num_train: pictures to train on; by default all but those for validation, which are taken
             from the training pictures and are always the same.
     """
-    archive = _find(data_dir, PICTURES)
+    archive = find_file(data_dir, PICTURES)
     cache = cache_dir / f"cifar10-{archive.stat().st_size}.npz"  # of this archive
     if not cache.exists():
         _decode(archive, cache)
@@ -85,7 +86,12 @@ def read_pictures(data_dir: Path, cache_dir: Path, *, num_train: int | None = No
     )
 
 
-def _find(data_dir: Path, name: str) -> Path:
+def find_file(data_dir: Path, name: str) -> Path:
+    """Where a file is.
+
+    Raises:
+        DataError: it is not there.
+    """
     path = data_dir / name
     if not path.is_file():
         raise DataError(f"there is no file {name} in {data_dir}; pass its folder as --data-dir")

@@ -9,6 +9,7 @@ import pytest
 
 import train_quality
 from finished_runs import make_row
+from quality.data import FILE_OF
 from quality.records import Row, Run, append_row, read_rows
 from tiny_tasks import write_text
 
@@ -72,6 +73,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def train(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Call the script with the words given, and return its exit status."""
+    for name in FILE_OF.values():
+        (path.parent / name).touch()
 
     def train(*words: str) -> int:
         folders = ["--data-dir", str(path.parent), "--csv", str(path)]
@@ -206,6 +209,17 @@ def test_folder_that_is_not_there_is_said_before_training(
     assert ended.value.code == 2
     assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
     assert trained == []
+
+
+def test_data_that_is_not_there_is_said_before_training(
+    train, trained: Trained, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path.parent / FILE_OF["cifar"]).unlink()
+    assert train() == 2
+    message = f"there is no file {FILE_OF['cifar']} in {path.parent}; pass its folder as --data-dir"
+    assert message in capsys.readouterr().err
+    assert trained == []
+    assert train("--tasks", "characters") == 0
 
 
 def test_file_of_something_else_is_not_written_to(train, trained: Trained, path: Path) -> None:
