@@ -30,7 +30,7 @@ from quality.methods import METHODS
 from quality.records import Row, Run, append_row, mend, read_rows, unfinished
 from quality.tasks import CACHE_DIR
 
-TASKS = ("characters", "cifar")
+TASKS = tuple(FILE_OF)
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ from quality.contestant import (
 )
 from quality.generated import Generated, LowRank, Overparameterized, Rescaled
 from quality.ssn import FlatBanks, SearchBank, cluster, split_budget
-from quality.training import Rates, fit
+from quality.training import fit
+
+SSN_GROUPS = 4
 
 
 def make_plain(given: Assignment) -> Contestant:
@@ -140,10 +142,10 @@ def _search_groups(
         given.task,
         steps=max(1, round(0.15 * given.steps)),
         seed=given.seed,
-        rates=Rates(lr=given.lr, weight_decay=given.task.recipe.weight_decay),
+        rates=given.rates,
         coefficients=search.coefficients(),
     )
-    number = min(given.options.get("groups", 4), len(shapes))
+    number = min(SSN_GROUPS, len(shapes))
     return cluster(search.raw_coefficients(), list(shapes), number, given.seed)
 
 

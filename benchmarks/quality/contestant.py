@@ -13,6 +13,7 @@ from torch import nn
 import npas_fx
 from npas_fx.ir import Site
 from quality.tasks import Task
+from quality.training import Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Assignment:
         budget: trainable parameters, a number.
         seed: of all that is drawn.
         steps: that the network will be trained for.
-        lr: learning rate that it will be trained with.
+        rates: that it will be trained with.
         options: of the run.
     """
 
@@ -51,7 +52,7 @@ class Assignment:
     budget: int
     seed: int
     steps: int
-    lr: float
+    rates: Rates
     options: Mapping[str, Any]
 
 

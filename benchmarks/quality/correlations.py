@@ -20,7 +20,7 @@ Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class BootstrapEstimate:
     """A figure with the 95 % interval of a bootstrap over plans, within each budget."""
 
     value: float
@@ -33,7 +33,7 @@ class Estimate:
         return self.low <= 0 <= self.high
 
 
-def correlate_prices(rows: Sequence[Row], inventory: Inventory) -> dict[str, Estimate]:
+def correlate_prices(rows: Sequence[Row], inventory: Inventory) -> dict[str, BootstrapEstimate]:
     """Rank correlation of predicted price and validation loss, for each price, best first.
 
     Args:
@@ -54,7 +54,7 @@ def correlate_prices(rows: Sequence[Row], inventory: Inventory) -> dict[str, Est
     return dict(sorted(found.items(), key=lambda item: -item[1].value))
 
 
-def regress_roles(rows: Sequence[Row], inventory: Inventory) -> dict[str, Estimate]:
+def regress_roles(rows: Sequence[Row], inventory: Inventory) -> dict[str, BootstrapEstimate]:
     """What it costs to take parameters from a role, all else equal.
 
     A linear regression of the validation loss, within each budget, on the shares of the model's
@@ -107,7 +107,7 @@ def _slopes(groups: Sequence[Values]) -> list[float]:
 
 def _bootstrap(
     groups: Sequence[Values], estimate: Callable[[Sequence[Values]], list[float]]
-) -> list[Estimate]:
+) -> list[BootstrapEstimate]:
     random = np.random.default_rng(0)
     resampled = [
         estimate([group[random.integers(len(group), size=len(group))] for group in groups])
@@ -115,6 +115,6 @@ def _bootstrap(
     ]
     low, high = np.quantile(np.array(resampled), [0.025, 0.975], axis=0)
     return [
-        Estimate(value=value, low=float(low[k]), high=float(high[k]))
+        BootstrapEstimate(value=value, low=float(low[k]), high=float(high[k]))
         for k, value in enumerate(estimate(groups))
     ]

@@ -30,7 +30,9 @@ def execute(run: Run, data_dir: Path, cache_dir: Path) -> Row:
     task = _read_task(run.task, run.setting, data_dir, cache_dir)
     torch.manual_seed(run.seed)
     plain = task.make(task.width, task.depth).to(task.recipe.device)
-    options = {name: value for name, value in run.option.items() if name not in _RATES}
+    options = run.option
+    own_rates = {name: options.pop(name) for name in _RATES if name in options}
+    rates = Rates(lr=run.lr, weight_decay=run.weight_decay, **own_rates)
     contestant = METHODS[run.method](
         Assignment(
             task=task,
@@ -38,19 +40,18 @@ def execute(run: Run, data_dir: Path, cache_dir: Path) -> Row:
             budget=round(run.budget * count_parameters(plain)),
             seed=run.seed,
             steps=run.steps,
-            lr=run.lr,
+            rates=rates,
             options=options,
         )
     )
     module = contestant.module.to(task.recipe.device)
     step_time = compare_step_times(module, plain, task)
-    rates = {name: value for name, value in run.option.items() if name in _RATES}
     fit(
         module,
         task,
         steps=run.steps,
         seed=run.seed,
-        rates=Rates(lr=run.lr, weight_decay=run.weight_decay, **rates),
+        rates=rates,
         coefficients=contestant.coefficients,
     )
     valid_loss, valid_accuracy = task.score(module, "valid")

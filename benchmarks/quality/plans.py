@@ -155,7 +155,10 @@ class Drawn:
 
 
 def describe_plan(plan: Plan, inventory: Inventory) -> str:
-    """Write the banks as JSON: numbers of sites, generator, templates, their size, the partial."""
+    """Write the banks as JSON: numbers of sites, generator, templates, their size, the partial.
+
+    Short enough for a cell of a table; ``Plan.to_json`` writes all, names and certificate too.
+    """
     number = {site.name: index for index, site in enumerate(inventory.sites)}
     banks = [
         [

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from npas_fx.ir import Inventory
-from quality.correlations import NUM_RESAMPLES, Estimate, correlate_prices, regress_roles
+from quality.correlations import NUM_RESAMPLES, BootstrapEstimate, correlate_prices, regress_roles
 from quality.records import Row
 from quality.tables import describe_machines, percent
 
@@ -45,7 +45,7 @@ def write_prices(
     return "\n\n".join(parts) + "\n"
 
 
-def _write(what: str, estimates: Mapping[str, Estimate], digits: int) -> str:
+def _write(what: str, estimates: Mapping[str, BootstrapEstimate], digits: int) -> str:
     lines = [f"| {what} | estimate | interval | says |", "|---|---|---|---|"]
     for name, each in estimates.items():
         interval = f"{each.low:+.{digits}f} to {each.high:+.{digits}f}"

@@ -22,22 +22,16 @@ from quality.plans import (
     plan_groups,
     shuffle_groups,
 )
-from quality.prices import PRICES
 
 _ENDS = ("stem", "head", "embedding")
 
 
 def make_ours(given: Assignment) -> Contestant:
-    """The default transform, or with the options ``price``, ``generators`` or ``gain`` another."""
-    price = given.options.get("price")
-    options: dict[str, Any] = {}
-    if price is not None:
-        options["profile"] = PRICES[price]
-    if "generators" in given.options:
-        options["generators"] = given.options["generators"]
+    """The default transform, or with the options ``generators`` or ``gain`` another."""
+    generators = given.options.get("generators")
     if given.options.get("gain") == "trained":
-        options["generators"] = ["tied", TrainedGain()]
-    shared = npas_fx.transform(given.model, given.budget, seed=given.seed, **options)
+        generators = ["tied", TrainedGain()]
+    shared = npas_fx.transform(given.model, given.budget, seed=given.seed, generators=generators)
     return _of_emitted(given.model, shared)
 
 
@@ -59,7 +53,7 @@ def make_one_bank(given: Assignment) -> Contestant:
 def make_random_groups(given: Assignment) -> Contestant:
     """Groups of equal size, drawn; as many as the root of the number of weights."""
     everything = group_sites(given.model, lambda site: None)
-    number = given.options.get("groups", round(math.sqrt(len(everything[0]))))
+    number = round(math.sqrt(len(everything[0])))
     return _share(given, shuffle_groups(everything, number, given.seed))
 
 
@@ -70,9 +64,10 @@ def make_groups(given: Assignment) -> Contestant:
     ``runs``: 4 consecutive ones of a role. Stem, head and embeddings stay dedicated.
     """
     by = given.options["by"]
+    inventory = npas_fx.inspect(given.model)
     places = {
         name: (number, place)
-        for number, repeats in enumerate(npas_fx.inspect(given.model).repeats)
+        for number, repeats in enumerate(inventory.repeats)
         for block in repeats.sites
         for place, name in enumerate(block)
     }
@@ -83,7 +78,7 @@ def make_groups(given: Assignment) -> Contestant:
         "kind": lambda site: site.kind,
         "place": lambda site: places.get(site.name, site.name),
     }
-    ends = {site.name for site in npas_fx.inspect(given.model).sites if site.role in _ENDS}
+    ends = {site.name for site in inventory.sites if site.role in _ENDS}
     groups = [
         [name for name in group if name not in ends] for group in group_sites(given.model, keys[by])
     ]
@@ -156,10 +151,9 @@ def _tie_in_runs(given: Assignment, length: int) -> Contestant | None:
         model = given.model if width == task.width else make_network(given, width, task.depth)
         groups = group_sites(model, lambda site: (site.role, site.shape))
         runs = [run for run in cut_groups(groups, length) if len(run) > 1]
-        try:
-            plan_groups(model, 1, runs, ["tied"])
-        except npas_fx.InfeasibleBudgetError as err:
-            needed = err.smallest
+        needed = count_parameters(model)
+        for run in runs:  # one weight is left of each, and a gain for each of its sites
+            needed += len(run) - (len(run) - 1) * model.get_parameter(run[0]).numel()
         if needed <= given.budget:
             plan = plan_groups(model, needed, runs, ["tied"])
             return _of_emitted(model, npas_fx.apply(model, plan, seed=given.seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal, Protocol
@@ -173,7 +173,9 @@ class Cifar:
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
         """Draw pictures epoch by epoch, each shifted by up to 4 pixels and perhaps mirrored."""
-        pictures, labels = (tensor.to(self.recipe.device) for tensor in self._split("train"))
+        pictures, labels = (
+            tensor.to(self.recipe.device) for tensor in self.pictures.splits["train"]
+        )
         padded = functional.pad(pictures, (4, 4, 4, 4))
         random = torch.Generator().manual_seed(seed)
         size = self.recipe.batch_size
@@ -191,7 +193,7 @@ class Cifar:
 
     def score(self, module: nn.Module, split: str) -> tuple[float, float]:
         """Look at all pictures of the split as they are."""
-        pictures, labels = self._split(split)
+        pictures, labels = self.pictures.splits[split]
         size = 4 * self.recipe.batch_size
         pairs = (
             (self._normalize(part.to(self.recipe.device)), wanted.to(self.recipe.device))
@@ -200,9 +202,6 @@ class Cifar:
             )
         )
         return _score(module, pairs, self.recipe)
-
-    def _split(self, split: str) -> tuple[Tensor, Tensor]:
-        return self.pictures.splits[split]
 
     def _normalize(self, pictures: Tensor) -> Tensor:
         mean = self.pictures.mean.to(pictures.device)[:, None, None]
@@ -230,70 +229,45 @@ def read_task(name: str, setting: str, data_dir: Path, cache_dir: Path) -> Task:
         KeyError: there is no such task or setting.
         DataError: its data is not there.
     """
+    chosen = _SETTINGS[name][setting]
     if name == "characters":
-        return Characters(text=read_text(data_dir), **_CHARACTERS[setting])
-    made = {"cifar": _CIFAR}[name][setting]
-    pictures = read_pictures(data_dir, cache_dir, num_train=_NUM_TRAIN[setting])
-    return Cifar(pictures=pictures, **made)
+        return Characters(text=read_text(data_dir), **chosen)
+    pictures = read_pictures(data_dir, cache_dir, num_train=_NUM_TRAIN.get(setting))
+    return Cifar(pictures=pictures, **chosen)
 
 
 def find_recipe(name: str, setting: str) -> Recipe:
     """How networks of a task are trained in a setting."""
-    recipe: Recipe = {"characters": _CHARACTERS, "cifar": _CIFAR}[name][setting]["recipe"]
+    recipe: Recipe = _SETTINGS[name][setting]["recipe"]
     return recipe
 
 
-_CHARACTERS: dict[str, dict[str, Any]] = {
-    "small": {
-        "width": 128,
-        "depth": 8,
-        "num_heads": 4,
-        "context": 64,
-        "recipe": Recipe(
-            steps=1000,
-            batch_size=16,
-            optimizer="adamw",
-            lr=6e-3,
-            weight_decay=0.1,
-            clip=1.0,
-            autocast=True,
-        ),
-    },
-    "full": {
-        "width": 384,
-        "depth": 6,
-        "num_heads": 6,
-        "context": 256,
-        "recipe": Recipe(
-            steps=5000,
-            batch_size=64,
-            optimizer="adamw",
-            lr=1e-3,
-            weight_decay=0.1,
-            clip=1.0,
-            autocast=True,
-            compiles=True,
-            device="cuda",
-        ),
-    },
-}
-_SGD = Recipe(steps=780, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, autocast=True)
-_FULL_SGD = Recipe(
-    steps=35_000,
-    batch_size=128,
-    optimizer="sgd",
-    lr=0.1,
-    weight_decay=5e-4,
+_ADAMW = Recipe(
+    steps=1000,
+    batch_size=16,
+    optimizer="adamw",
+    lr=6e-3,
+    weight_decay=0.1,
+    clip=1.0,
     autocast=True,
-    compiles=True,
-    device="cuda",
 )
-_CIFAR: dict[str, dict[str, Any]] = {
-    "small": {"network": "wide_resnet", "width": 64, "depth": 16, "recipe": _SGD},
-    "wide": {"network": "wide_resnet", "width": 256, "depth": 16, "recipe": _FULL_SGD},
-    "resnet": {"network": "resnet", "width": 16, "depth": 20, "recipe": _FULL_SGD},
+_FULL_ADAMW = replace(_ADAMW, steps=5000, batch_size=64, lr=1e-3, compiles=True, device="cuda")
+_SGD = Recipe(steps=780, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, autocast=True)
+_FULL_SGD = replace(_SGD, steps=35_000, compiles=True, device="cuda")
+
+# Task -> setting -> what its class takes beside the data.
+_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "characters": {
+        "small": {"width": 128, "depth": 8, "num_heads": 4, "context": 64, "recipe": _ADAMW},
+        "full": {"width": 384, "depth": 6, "num_heads": 6, "context": 256, "recipe": _FULL_ADAMW},
+    },
+    "cifar": {
+        "small": {"network": "wide_resnet", "width": 64, "depth": 16, "recipe": _SGD},
+        "wide": {"network": "wide_resnet", "width": 256, "depth": 16, "recipe": _FULL_SGD},
+        "resnet": {"network": "resnet", "width": 16, "depth": 20, "recipe": _FULL_SGD},
+    },
 }
-_NUM_TRAIN = {"small": 10_000, "wide": None, "resnet": None}
+_NUM_TRAIN = {"small": 10_000}  # training pictures; all of them in the other settings
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -234,6 +237,47 @@ def test_tasks_are_those_that_can_be_read() -> None:
     for task in train_quality.TASKS:
         for make in train_quality.LISTS.values():
             assert {run.task for run in make(task)} == {task}
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    # The worker waits for an hour; its parent says which process it is, then both wait.
+    code = (
+        "import multiprocessing, os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "import train_quality\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    start = train_quality._start_worker\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=start, initargs=(1,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 3600).result()\n"
+    )
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=found, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        assert wait_for(lambda: not is_running(worker), seconds=30)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_running(process: int) -> bool:
+    """Whether it exists and is more than an entry that nobody has read yet."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_workers_train_a_run_and_send_back_what_fails(

@@ -11,6 +11,7 @@ from torch import nn
 from quality.contestant import Assignment, count_parameters
 from quality.data import Pictures, Text
 from quality.tasks import Characters, Cifar, Recipe, Task
+from quality.training import Rates
 
 NUM_TOKENS = 11
 STEPS = 20
@@ -65,6 +66,6 @@ def assign(task: Task, model: nn.Module, share: float, seed: int = 0, **options:
         budget=round(share * count_parameters(model)),
         seed=seed,
         steps=STEPS,
-        lr=task.recipe.lr,
+        rates=Rates(lr=task.recipe.lr, weight_decay=task.recipe.weight_decay),
         options=options,
     )

@@ -11,7 +11,7 @@ import torch
 import npas_fx
 from npas_fx.ir import Inventory
 from quality import correlations
-from quality.correlations import Estimate, correlate_prices, regress_roles
+from quality.correlations import BootstrapEstimate, correlate_prices, regress_roles
 from quality.prices import PRICES, price_plan
 from quality.records import Result, Row, Run
 from small_tasks import TASKS, make_model
@@ -305,4 +305,4 @@ def test_dedicated_weights_lack_nothing() -> None:
     ("low", "high", "expected"), [(0.1, 0.3, False), (-0.1, 0.3, True), (-0.3, -0.1, False)]
 )
 def test_an_interval_includes_zero_or_not(low: float, high: float, expected: bool) -> None:
-    assert Estimate(value=(low + high) / 2, low=low, high=high).includes_zero is expected
+    assert BootstrapEstimate(value=(low + high) / 2, low=low, high=high).includes_zero is expected

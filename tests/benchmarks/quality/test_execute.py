@@ -139,7 +139,7 @@ def test_method_is_given_the_run(train, given: list[Assignment]) -> None:
     result = train(method="probe", budget=0.3, options=write_options(by="role"))
     (assignment,) = given
     assert assignment.budget == round(0.3 * count_parameters(make_plain(3)))
-    assert (assignment.seed, assignment.steps, assignment.lr) == (3, 4, 0.02)
+    assert (assignment.seed, assignment.steps, assignment.rates.lr) == (3, 4, 0.02)
     assert assignment.task is TASK
     assert (result.generation_flops, result.plan) == (12, "[]")
 

@@ -21,9 +21,9 @@ from quality import by_hand
 from quality.contestant import Contestant, count_parameters
 from quality.methods import METHODS
 from quality.plans import read_banks
-from quality.prices import PRICES
 from quality.sharing import TrainedGain
 from quality.tasks import compute_loss
+from quality.training import Rates
 from small_tasks import STEPS, TASKS, assign, make_characters, make_model
 
 torch.set_num_threads(1)
@@ -317,8 +317,6 @@ def test_random_groups_are_drawn_and_as_many_as_the_root_of_the_number_of_weight
     assert first != other
     assert len(first) == len(other) == round(math.sqrt(20))
     assert {len(group) for group in first} == {5}
-    given = assign(TASKS["characters"], make_model(TASKS["characters"]), 0.25, groups=2)
-    assert len(find_groups(METHODS["random_groups"](given))) == 2
 
 
 @pytest.mark.parametrize(
@@ -411,13 +409,17 @@ def test_searched_weights_start_with_the_deviation_of_the_plain_ones(
         torch.testing.assert_close(weight.std(), built.model.get_parameter(name).std())
 
 
-def test_the_search_takes_fifteen_percent_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_takes_fifteen_percent_more_steps_at_the_rates_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     taken = []
-    monkeypatch.setattr(by_hand, "fit", lambda *_, steps, **__: taken.append(steps))
+    monkeypatch.setattr(by_hand, "fit", lambda *_, **options: taken.append(options))
+    monkeypatch.setattr(by_hand, "SSN_GROUPS", 2)
     model = make_model(TASKS["characters"])
-    given = assign(TASKS["characters"], model, 0.5, groups=2)
+    given = replace(assign(TASKS["characters"], model, 0.5), rates=Rates(lr=0.5, weight_decay=0.25))
     assert len(METHODS["ssn"](given).module.weights.weights.banks) <= 2
-    assert taken == [round(0.15 * STEPS)]
+    assert [each["steps"] for each in taken] == [round(0.15 * STEPS)]
+    assert taken[0]["rates"] == given.rates
 
 
 @pytest.mark.parametrize(
@@ -430,12 +432,12 @@ def test_ours_is_the_default_transform(task: str, share: float) -> None:
     assert npas_fx.plan_of(built.contestant.module) == npas_fx.plan_of(expected)
 
 
-def test_ours_plans_by_the_price_that_the_options_name() -> None:
+def test_ours_plans_with_the_generators_that_the_options_name() -> None:
     model = make_model(TASKS["characters"])
-    given = assign(TASKS["characters"], model, 0.25, price="all roles alike")
+    given = assign(TASKS["characters"], model, 0.25, generators=["wavg"])
     made = METHODS["ours"](given)
     assert made.plan != build("ours", "characters", 0.25).contestant.plan
-    expected = npas_fx.transform(model, given.budget, profile=PRICES["all roles alike"])
+    expected = npas_fx.transform(model, given.budget, generators=["wavg"])
     assert is_equal(made.module, expected)
 
 
