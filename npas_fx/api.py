@@ -44,7 +44,7 @@ def transform(
     """Bring a model under a parameter budget: ``apply(model, plan(model, budget, …))``.
 
     Args:
-        model: any module that torch.fx traces; it is not changed.
+        model: any module; it is not changed.
         budget: how many trainable parameters the result may own: a share of the model's own
             (``0.25``, ``1.5``, ``"25%"``), a number of them (``3_500_000``, ``"3.5M"``), or their
             bytes (``"14MB"``).
@@ -70,7 +70,7 @@ def transform(
         BudgetError: the budget cannot be understood.
         InfeasibleBudgetError: it cannot be met; ``.smallest`` says what can.
         RuleError: a rule matches nothing, or rules contradict each other.
-        CaptureError: torch.fx cannot trace the model; names the module and the reason.
+        CaptureError: the model is wrapped, compiled or uninitialised, or fails on the example.
         VerificationError: the result computes something else than the model would.
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
@@ -133,16 +133,17 @@ def inspect(
     The model is not run; it may be on the meta device.
 
     Args:
-        model: any module that torch.fx traces; it is not changed.
+        model: any module; it is not changed.
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
 
     Returns:
         The inventory: print it for its sites by kind and role, what stays and why, the blocks that
-        are repeated, and the share of the parameters that can be generated; or read its fields.
+        are repeated, the modules that are not traced into, with the reason and the line, and the
+        share of the parameters that can be generated; or read its fields.
 
     Raises:
-        CaptureError: torch.fx cannot trace the model; names the module and the reason.
+        CaptureError: the model is wrapped, compiled or uninitialised.
     """
     return capture(_refuse_emitted(model), example_inputs, example_kwargs).inventory
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class NPASError(Exception):
     """Base of every error that npas_fx raises on purpose."""
 
 
 class CaptureError(NPASError):
-    """The model cannot be turned into a graph; names the module and the reason."""
+    """The model cannot be captured, or fails on the example; says why, and what to do."""
+
+
+class BusyError(CaptureError):
+    """Another capture is running: in another thread, or the model's own code began this one."""
 
 
 class GuardError(NPASError, ValueError):
@@ -53,6 +59,18 @@ class PlanError(NPASError, ValueError):
 
 class RewriteError(NPASError):
     """A pass met a graph that it cannot rewrite."""
+
+
+class UntraceableError(CaptureError):
+    """Parts of a model cannot be traced; capture makes calls of them and goes on.
+
+    Attributes:
+        reasons: path of each part, the root as ``""`` -> why.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{path!r}: {why}" for path, why in reasons.items()))
+        self.reasons = dict(reasons)
 
 
 class VerificationError(NPASError):

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from npas_fx.errors import CaptureError, RewriteError
+from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
 from npas_fx.passes.call import CallSignature, read_call
 from npas_fx.passes.inventory import take_inventory
-from npas_fx.passes.lower import lower
+from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import differing_modules, merge_modes
 from npas_fx.passes.refuse_models import refuse_models
 from npas_fx.passes.skeleton import make_skeleton, named_tensors
@@ -53,7 +53,10 @@ class Capture:
             "kept": {
                 kept.name: f"{list(kept.shape)} {kept.reason}" for kept in self.inventory.kept
             },
-            "leaves": dict(sorted(self.leaves.items())),
+            "leaves": {
+                path: type(self.skeleton.get_submodule(path)).__name__
+                for path in sorted(self.leaves)
+            },
         }
 
 
@@ -63,55 +66,73 @@ def capture(
     """Turn a model into a graph and an inventory; the model is not run and not changed.
 
     Train mode and eval mode are both traced. Where they differ in constants only, the graph reads
-    the flag of the owning module; where they differ in structure, the smallest such module stays a
-    call, with plain weights.
+    the flag of the owning module; where they differ in structure, or cannot be traced, the smallest
+    such module stays a call, and is handed its weights; in the extreme the whole model does.
 
     Args:
-        model: any module that torch.fx can trace; it may be on the meta device.
+        model: any module; it may be on the meta device.
         example_inputs: positional arguments that say which arguments of ``forward`` are given.
         example_kwargs: the same for keyword arguments.
 
     Raises:
-        CaptureError: what cannot be traced, with the path of the module, the reason and the line.
+        CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike.
     """
     refuse_models(model)
     skeleton = make_skeleton(model)
     call = read_call(model, example_inputs, example_kwargs)
     reasons: dict[str, str] = {}
-    while True:
-        # A fresh copy each time: tracing may leave traced values on the modules.
-        work = make_skeleton(skeleton)
-        exposed = _expose_tensors(work)
-        trace = partial(trace_mode, work, call=call, leaves=frozenset(reasons), exposed=exposed)
-        work.train(True)
-        train = trace("train mode")
-        work.train(False)
-        evaluate = trace("eval mode")
-        differing = differing_modules(train, evaluate)
-        if not differing:
-            break
-        reasons.update(dict.fromkeys(differing, "code that differs between train and eval mode"))
-        if "" in reasons:
-            return _keep_whole(skeleton, model, call, reasons[""])
+    while "" not in reasons:
+        try:
+            return _capture_with(model, skeleton, call, reasons)
+        except UntraceableError as err:
+            for path, reason in err.reasons.items():
+                while path in reasons:  # it is a call already: then what is around it has to be
+                    path = path.rpartition(".")[0]
+                reasons[path] = reason
+    return _keep_whole(skeleton, model, call, reasons[""])
+
+
+def _capture_with(
+    model: nn.Module, skeleton: nn.Module, call: CallSignature, reasons: Mapping[str, str]
+) -> Capture:
+    """Capture a model, parts of which stay calls.
+
+    Raises:
+        UntraceableError: further parts have to.
+    """
+    work = make_skeleton(skeleton)  # a fresh copy: tracing may leave traced values on the modules
+    exposed = _expose_tensors(work)
+    trace = partial(trace_mode, work, call=call, leaves=frozenset(reasons), exposed=exposed)
+    work.train(True)
+    train = trace()
+    work.train(False)
+    evaluate = trace()
+    failed = {**train.failed, **evaluate.failed}
+    if train.failed.keys() != evaluate.failed.keys():
+        raise UntraceableError(failed)
+    differing = differing_modules(train, evaluate)
+    if differing:
+        why = "code that differs between train and eval mode"
+        raise UntraceableError({**failed, **dict.fromkeys(differing, why)})
 
     def trace_with(flags: Mapping[str, bool]) -> fx.Graph:
         work.train(True)
         for path, flag in flags.items():
             work.get_submodule(path).training = flag
-        return trace("a mixed mode").graph
+        mixed = trace()
+        if mixed.failed.keys() != failed.keys():
+            raise UntraceableError({**failed, **mixed.failed})
+        return mixed.graph
 
-    try:
-        merged = merge_modes(train, evaluate, trace_with)
-    except RewriteError as err:
-        raise CaptureError(f"{type(model).__name__}: {err}") from err
+    merged = merge_modes(train, evaluate, trace_with)
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     call = replace(call, types={**call.types, **assumed})
     graph, leaves = lower(merged, skeleton)
-    leaves.update({path: reason for path, reason in reasons.items() if path in leaves})
-    inventory = take_inventory(graph, leaves, skeleton, model)
+    whys = {**reasons, **failed}
+    leaves.update({path: whys[path] for path in leaves.keys() & whys.keys()})
     return Capture(
         graph=graph,
-        inventory=inventory,
+        inventory=take_inventory(graph, leaves, skeleton, model),
         call=call,
         leaves=leaves,
         constants=_find_constants(graph, work, skeleton),
@@ -120,8 +141,13 @@ def capture(
 
 
 def _keep_whole(skeleton: nn.Module, model: nn.Module, call: CallSignature, reason: str) -> Capture:
-    """Capture a model whose own ``forward`` must stay a call: nothing of it can be shared."""
+    """Capture a model whose own ``forward`` is called, with weights that are handed in."""
     graph, leaves = fx.Graph(), {"": reason}
+    inputs = [graph.placeholder(name) for name in call.names]
+    name_of = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    graph.output(
+        hand_in(graph, skeleton, lambda p: graph.get_attr(name_of[id(p)]), None, inputs, {})
+    )
     inventory = take_inventory(graph, leaves, skeleton, model)
     return Capture(
         graph=graph, inventory=inventory, call=call, leaves=leaves, constants={}, skeleton=skeleton

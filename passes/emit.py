@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -14,6 +14,7 @@ from npas_fx.banks import Bank
 from npas_fx.ir import Plan
 from npas_fx.passes.call import CallSignature, make_forward
 from npas_fx.passes.capture import Capture
+from npas_fx.passes.opaque import empty_slots, lend
 from npas_fx.passes.pipeline import rewrite
 
 _STATE = "_npas_fx"
@@ -111,7 +112,9 @@ def emit(
     }
     sites_of = {f"{prefix}.{name}": b.sites for name, b in zip(names, shared, strict=True)}
     if "" in capture.leaves:
-        graph, module = capture.graph, _keep_forward(store)
+        names_of = {site.name: (site.name, *site.aliases) for site in capture.inventory.sites}
+        graph = capture.graph
+        module = _keep_forward(store, {site: names_of[site] for site in bank_of})
     else:
         graph = rewrite(capture.graph, sites_of)
         generated = _all_names(capture, bank_of)
@@ -135,11 +138,31 @@ def _all_names(capture: Capture, bank_of: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name for site in sites for name in (site.name, *site.aliases))
 
 
-def _keep_forward(store: nn.Module) -> EmittedModule:
-    """Make an emitted module of a model whose own ``forward`` must run, as it is."""
-    members = {"__module__": __name__}
-    store.__class__ = type(f"Shared{type(store).__name__}", (EmittedModule, type(store)), members)
+def _keep_forward(store: nn.Module, names_of: Mapping[str, Sequence[str]]) -> EmittedModule:
+    """Make an emitted module of a model whose own ``forward`` runs, with generated weights.
+
+    Args:
+        store: becomes the emitted module.
+        names_of: name of each generated weight -> all names that it has in the model.
+    """
+    kind = type(store)
+
+    def forward(self: EmittedModule, *args: Any, **kwargs: Any) -> Any:
+        emission = emission_of(self)
+        banks = self.get_submodule(emission.banks)
+        made = {name: bank() for name, bank in banks.named_children()}
+        names, weights = [], []
+        for site, (bank, place) in emission.bank_of.items():
+            for name in names_of[site]:
+                names.append(name)
+                weights.append(made[bank][place])
+        with lend(self, names, weights):
+            return kind.forward(self, *args, **kwargs)
+
+    members = {"__module__": __name__, "forward": forward if names_of else kind.forward}
+    store.__class__ = type(f"Shared{kind.__name__}", (EmittedModule, kind), members)
     assert isinstance(store, EmittedModule)
+    empty_slots(store, [name for names in names_of.values() for name in names])
     return store
 
 
@@ -176,6 +199,8 @@ def _mirror(
             target.add_module(name, done[id(child)])  # one module under two names
         elif prefix + name in leaves:
             done[id(child)] = child
+            inside = f"{prefix}{name}."
+            empty_slots(child, [n.removeprefix(inside) for n in generated if n.startswith(inside)])
             target.add_module(name, child)
         else:
             container = nn.Module()

@@ -11,12 +11,18 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from npas_fx.passes.op_rules.recurrent import recurrent
+
 KINDS: dict[Any, str] = {
     functional.embedding: "embedding",
     functional.linear: "linear",
     functional.conv1d: "conv",
     functional.conv2d: "conv",
     functional.conv3d: "conv",
+    functional.conv_transpose1d: "conv",
+    functional.conv_transpose2d: "conv",
+    functional.conv_transpose3d: "conv",
+    recurrent: "recurrent",
 }
 _QUESTIONS = ("device", "dtype", "shape", "ndim", "is_cuda")
 _SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,23 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional
 
-from npas_fx.ir import Inventory, Kept, Site
+from npas_fx.ir import Inventory, Kept, Opaque, Site
 from npas_fx.passes.blocks import find_repeats
 from npas_fx.passes.flow import is_question
+from npas_fx.passes.leaves import hidden_parameters
+from npas_fx.passes.opaque import why_plain
 from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS
 from npas_fx.passes.roles import find_parts
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS: Mapping[tuple[tuple[type[nn.Module], ...], str], str] = {
+    ((nn.Linear,), "weight$"): "linear",
+    ((*_CONVOLUTIONS, *_TRANSPOSED), "weight$"): "conv",
+    ((nn.Embedding, nn.EmbeddingBag), "weight$"): "embedding",
+    ((nn.MultiheadAttention,), r"\w+_proj_weight$"): "attention projection",
+    ((nn.RNNBase, nn.RNNCellBase), "weight_"): "recurrent",
+}
 _CHANGES_FIRST = IN_PLACE_FUNCTIONS | {operator.setitem}
 
 
@@ -38,9 +50,15 @@ def take_inventory(
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names_of[id(parameter)].append(name)
     leaf_reasons = {
-        id(parameter): reason
+        id(parameter): why_plain(part) or reason
         for path, reason in leaves.items()
-        for parameter in skeleton.get_submodule(path).parameters()
+        for part in skeleton.get_submodule(path).modules()
+        for parameter in part.parameters(recurse=False)
+    }
+    hidden = {
+        id(parameter)
+        for path in leaves
+        for parameter in hidden_parameters(skeleton.get_submodule(path))
     }
     parameters = dict(skeleton.named_parameters())
     matrices = {name: p for name, p in parameters.items() if p.dim() > 1 and name in reads_of}
@@ -48,7 +66,7 @@ def take_inventory(
         graph,
         {name: reads_of[name] for name in matrices},
         {name: tuple(parameter.shape) for name, parameter in matrices.items()},
-        [node for node in graph.nodes if node.op == "call_module" and _has_matrix(skeleton, node)],
+        {name: _kind_of(skeleton, name) for name in matrices},
     )
     reasons = {
         name: _why_kept(
@@ -57,6 +75,7 @@ def take_inventory(
             reads_of.get(name, ()),
             name in matrices and name not in parts,
             leaf_reasons.get(id(parameter)),
+            id(parameter) in hidden,
         )
         for name, parameter in parameters.items()
     }
@@ -90,11 +109,31 @@ def take_inventory(
         if reason is not None
     )
     repeats = find_repeats(graph, skeleton, {site.name for site in sites})
-    return Inventory(sites=sites, kept=kept, repeats=repeats)
+    return Inventory(sites=sites, kept=kept, repeats=repeats, opaque=_opaque(leaves, skeleton))
 
 
-def _has_matrix(skeleton: nn.Module, call: fx.Node) -> bool:
-    return any(p.dim() > 1 for p in skeleton.get_submodule(str(call.target)).parameters())
+def _opaque(leaves: Mapping[str, str], skeleton: nn.Module) -> tuple[Opaque, ...]:
+    modules = {path: skeleton.get_submodule(path) for path in sorted(leaves)}
+    return tuple(
+        Opaque(
+            path=path,
+            kind=type(module).__name__,
+            reason=leaves[path],
+            numel=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        )
+        for path, module in modules.items()
+        if any(parameter.dim() > 1 for parameter in module.parameters())
+    )
+
+
+def _kind_of(skeleton: nn.Module, name: str) -> str:
+    """What the module that owns a weight applies it as, as far as its class says."""
+    path, _, attribute = name.rpartition(".")
+    owner = skeleton.get_submodule(path)
+    for (classes, start), kind in _KINDS.items():
+        if isinstance(owner, classes) and re.match(start, attribute):
+            return kind
+    return "raw"
 
 
 def _why_kept(
@@ -103,21 +142,25 @@ def _why_kept(
     reads: Sequence[fx.Node],
     is_vector: bool,
     leaf: str | None,
+    is_hidden: bool,
 ) -> str | None:
     if not parameter.requires_grad:
         return "frozen"
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return f"dtype {str(parameter.dtype).removeprefix('torch.')}"
-    if leaf is not None:
-        return leaf
+    if leaf is not None and not reads:
+        is_opaque = parameter.dim() < 2 and not leaf.startswith("norm ")
+        return _why_vector(name) if is_opaque else leaf
     if not reads:
         return "not used in forward"
     if parameter.dim() < 2:
-        return "bias" if name.split(".")[-1] == "bias" else "vector"
+        return _why_vector(name)
     if parameter.numel() < 2:
         return "too small"
     if is_vector:
         return "vector"
+    if is_hidden:
+        return "read behind torch's back, from a list or closure, by a module that stays a call"
     if any(map(_is_mutated, reads)):
         return "changed in place"
     lookups = [_lookup_options(user) for user in _uses(reads)]
@@ -128,6 +171,10 @@ def _why_kept(
     if len({options.get("padding_idx") for options in lookups}) > 1:
         return "embedding whose padding row something else reads"
     return None
+
+
+def _why_vector(name: str) -> str:
+    return "bias" if "bias" in name.rpartition(".")[2] else "vector"
 
 
 def _uses(reads: Sequence[fx.Node]) -> list[fx.Node]:

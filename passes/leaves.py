@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,24 +20,45 @@ def owns_nothing_shareable(module: nn.Module) -> bool:
     """
     if any(parameter.dim() > 1 for _, parameter in module.named_parameters()):
         return False
-    return not any(_hides_tensors(value) for part in module.modules() for value in _plain(part))
+    return not any(True for _ in _hidden(module))
 
 
-def _plain(module: nn.Module) -> Iterator[Any]:
-    for name, value in vars(module).items():
-        if not (name.startswith("_") and name in MODULE_FIELDS):
+def hidden_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that the code of ``module`` may read behind torch's back.
+
+    These are in lists and closures, themselves or in modules that are not below ``module``.
+    """
+    own = set(module.modules())
+    for value in _hidden(module):
+        if isinstance(value, nn.Parameter):
             yield value
+        elif value not in own:
+            yield from value.parameters()
 
 
-def _hides_tensors(value: Any) -> bool:
+def _hidden(module: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
+    for part in module.modules():
+        for name, value in vars(part).items():
+            is_of_torch = name in MODULE_FIELDS or (isinstance(part, nn.RNNBase) and "flat" in name)
+            if not (name.startswith("_") and is_of_torch):
+                yield from _find(value)
+
+
+def _find(value: Any) -> Iterator[nn.Module | nn.Parameter]:
+    """Modules and parameters in a value: in containers, bound methods and closures."""
+    if isinstance(value, (nn.Module, nn.Parameter)):
+        yield value
+        return
+    inside: Iterable[Any] = ()
     if isinstance(value, (list, tuple, set)):
-        return any(_hides_tensors(item) for item in value)
-    if isinstance(value, dict):
-        return any(_hides_tensors(item) for item in value.values())
-    if isinstance(value, MethodType):
-        return _hides_tensors(value.__self__)
-    if isinstance(value, partial):
-        return _hides_tensors((value.func, value.args, value.keywords))
-    if isinstance(value, FunctionType):
-        return any(map(_hides_tensors, inspect.getclosurevars(value).nonlocals.values()))
-    return isinstance(value, (nn.Module, nn.Parameter))
+        inside = value
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, MethodType):
+        inside = (value.__self__,)
+    elif isinstance(value, partial):
+        inside = (value.func, value.args, value.keywords)
+    elif isinstance(value, FunctionType):
+        inside = inspect.getclosurevars(value).nonlocals.values()
+    for item in inside:
+        yield from _find(item)

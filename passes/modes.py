@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from npas_fx.errors import RewriteError
+from npas_fx.errors import UntraceableError
 from npas_fx.passes.flag_patterns import is_inside, mode_patterns, number_each, number_rivals
 from npas_fx.passes.tracer import Trace
 
@@ -60,13 +60,13 @@ def merge_modes(
         trace_with: training flags of the modules whose flag was read -> the graph with them.
 
     Raises:
-        RewriteError: the graphs differ in more than constants, or a constant depends on the flags
-            of more than one module.
+        UntraceableError: the graphs differ in more than constants, or a constant depends on the
+            flags of more than one module.
     """
     if str(train.graph) == str(evaluate.graph):
         return copy.deepcopy(train.graph)
     if len(train.graph.nodes) != len(evaluate.graph.nodes):
-        raise RewriteError("train and eval mode differ in their number of operations")
+        raise UntraceableError({"": "train and eval mode differ in their number of operations"})
     asked = train.asked_training | evaluate.asked_training
     nearby = [
         train.flags_before[a] | evaluate.flags_before[b]
@@ -75,7 +75,7 @@ def merge_modes(
     mixed = [
         (flags, trace_with(flags)) for flags in mode_patterns(number_rivals(asked, set(nearby)))
     ]
-    with suppress(RewriteError):
+    with suppress(UntraceableError):
         return _merge(train.graph, evaluate.graph, mixed, nearby)
     # With no flag set, what still keeps its value in train mode follows none.
     patterns = [dict.fromkeys(asked, False), *mode_patterns(number_each(asked))]
@@ -90,7 +90,7 @@ def _merge(
     merged = copy.deepcopy(train)
     graphs = (merged, evaluate, *(graph for _, graph in mixed))
     if len({len(graph.nodes) for graph in graphs}) > 1:
-        raise RewriteError("train and eval mode differ in their number of operations")
+        raise UntraceableError({"": "train and eval mode differ in their number of operations"})
     rows = list(zip(*(graph.nodes for graph in graphs), strict=True))
     counterparts = {row[0]: row for row in rows}
     first = next(node for node in merged.nodes if node.op != "placeholder")
@@ -111,7 +111,7 @@ def _merge(
             a = values[0]
             if isinstance(a, fx.Node):
                 if counterparts[a] != tuple(values):
-                    raise RewriteError(f"train and eval mode differ at {node.format_node()}")
+                    raise _differ(node, "train and eval mode differ")
                 return a
             if all(_same(a, value) for value in values[1:]):
                 return a
@@ -120,7 +120,7 @@ def _merge(
                 return merged.call_function(choose, (flag, a, values[1]))
 
         if len({(other.op, other.target) for other in row}) > 1:
-            raise RewriteError(f"train and eval mode differ at {node.format_node()}")
+            raise _differ(node, "train and eval mode differ")
         node.args = _map_rows(merge, [other.args for other in row])
         node.kwargs = _map_rows(merge, [other.kwargs for other in row])
     merged.lint()
@@ -146,11 +146,13 @@ def _find_owner(
     followed = [path for path in candidates if is_train == [flags[path] for flags, _ in mixed]]
     is_two_valued = all(_same(value, values[0]) or _same(value, values[1]) for value in values[2:])
     if len(followed) != 1 or not is_two_valued:
-        raise RewriteError(
-            f"a constant of {node.format_node()} depends on the training flags of more than "
-            "one module"
-        )
+        raise _differ(node, "a constant depends on the training flags of several modules")
     return followed[0]
+
+
+def _differ(node: fx.Node, why: str) -> UntraceableError:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return UntraceableError({stack[-1][0] if stack else "": f"{why} at {node.format_node()}"})
 
 
 def _map_rows(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> Any:

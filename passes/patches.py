@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npas_fx.errors import CaptureError
+from npas_fx.errors import BusyError
 from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS, CapturedProxy
 
 if TYPE_CHECKING:
@@ -43,13 +41,12 @@ _plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
 def patches(tracer: Tracer) -> Iterator[None]:
     """Patch Python and torch for this trace only, and undo it in any case."""
     if not _LOCK.acquire(blocking=False):
-        raise CaptureError("another capture is running in this process; wait until it is done")
+        raise BusyError("another capture is running in this process; wait until it is done")
     try:
         with ExitStack() as stack:
             for owner, name, value in _replacements(tracer):
                 is_new = not hasattr(owner, name)
                 stack.enter_context(mock.patch.object(owner, name, value, create=is_new))
-            stack.enter_context(_unchanged_random_state())
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             yield
     finally:
@@ -62,7 +59,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield builtins, "isinstance", _isinstance
     yield torch, "is_tensor", _is_tensor
     yield nn.Module, "parameters", _parameters_of(tracer)
-    yield nn.Module, "__setattr__", _set_attribute
+    yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
     yield torch.autograd.Function, "apply", _refuse_function(tracer)
     for context in _CONTEXTS:
@@ -123,6 +120,14 @@ def _counted(tracer: Tracer, method: Callable[..., Any], step: int) -> Callable[
     return count
 
 
+def _set_attribute_of(tracer: Tracer) -> Callable[[nn.Module, str, Any], None]:
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        tracer.note_assigned(module, name)
+        _set_attribute(module, name, value)
+
+    return set_attribute
+
+
 def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
     if type(value) is not CapturedProxy or name not in {**module._parameters, **module._buffers}:
         return _plain_setattr(module, name, value)
@@ -151,25 +156,3 @@ def _training_of(tracer: Tracer) -> property:
         vars(module)["training"] = mode
 
     return property(read, write)
-
-
-@contextmanager
-def _unchanged_random_state() -> Iterator[None]:
-    """Refuse a trace that drew random numbers, and put the generators back in any case."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-        drawn = (
-            random.getstate() != states[0]
-            or repr(np.random.get_state()) != repr(states[1])
-            or not torch.equal(torch.get_rng_state(), states[2])
-        )
-        if drawn:
-            raise CaptureError(
-                "forward draws random numbers in Python, which a graph would repeat at each call; "
-                "draw them with torch functions, or in a submodule without weights of its own"
-            )
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 from torch import fx
 
 from npas_fx.passes.flow import KINDS, Flow
+from npas_fx.passes.opaque import call_opaque
 
 _SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
 _SUMS |= {"add", "add_", "sub", "sub_"}
 _CATS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+_ORDER = ("embedding", "linear", "conv", "attention projection", "recurrent", "raw")
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
 
@@ -27,7 +29,8 @@ class Part:
     """The part that a weight plays.
 
     Attributes:
-        kind: ``linear``, ``conv``, ``embedding`` or ``raw``: the operation that applies it.
+        kind: the operation that applies it: ``linear``, ``conv``, ``embedding``, ``attention
+            projection``, ``recurrent``, or ``raw`` for any other.
         role: the first of these that fits one of its uses:
 
             - ``embedding``: a table that is looked up, or added or joined to values as it is;
@@ -54,7 +57,7 @@ def find_parts(
     graph: fx.Graph,
     reads_of: Mapping[str, Sequence[fx.Node]],
     shape_of: Mapping[str, Sequence[int]],
-    opaque: Collection[fx.Node] = (),
+    kind_of: Mapping[str, str] | None = None,
 ) -> dict[str, Part]:
     """Find the part that each weight plays.
 
@@ -62,23 +65,27 @@ def find_parts(
         graph: in which every weight is read by a ``get_attr`` node.
         reads_of: name of the weight -> the nodes that read it.
         shape_of: name of the weight -> its shape.
-        opaque: calls of modules that apply weights of their own, such as an LSTM.
+        kind_of: name of the weight -> what the module that owns it applies it as, for weights that
+            an opaque call applies.
 
     Returns:
         Name of the weight -> its part, without those that are vectors in all but their shape:
         scales, class tokens and alike.
     """
     flow = Flow(graph, reads_of)
-    kinds = {name: _kind(flow, name) for name in reads_of}
-    vectors = {name for name in reads_of if _is_vector(shape_of[name], reads_of[name])}
+    kinds = {name: _kind(flow, name, (kind_of or {}).get(name)) for name in reads_of}
+    vectors = {name for name in reads_of if _is_vector(shape_of[name], reads_of[name], kinds[name])}
     tables = {name for name in reads_of if kinds[name] == "raw" and _is_table(flow, name)}
     applied = {node for node, weights in flow.weights_of.items() if set(weights) - tables - vectors}
-    structure = _Structure(flow, applied.union(opaque))
+    structure = _Structure(flow, applied)
     deepest = max(structure.depth.values(), default=1)
 
     def depth_of(name: str) -> float:
         # A table is no step of its own: it is where the sum is that it goes into.
-        steps = [structure.depth[u] - (u in structure.applied) for u in flow.uses_of[name]]
+        steps = [
+            structure.depth[use] - structure.num_steps(use) + _place(flow, use, name)
+            for use in flow.uses_of[name]
+        ]
         return min(sum(steps) / max(len(steps), 1) / max(deepest - 1, 1), 1.0)
 
     return {
@@ -94,14 +101,23 @@ def find_parts(
     }
 
 
-def _kind(flow: Flow, name: str) -> str:
-    kinds = {KINDS.get(node.target, "raw") for node in flow.uses_of[name]}
-    return min(kinds, key=("embedding", "linear", "conv", "raw").index, default="raw")
+def _kind(flow: Flow, name: str, of_owner: str | None) -> str:
+    kinds = {
+        of_owner if of_owner and node.target is call_opaque else KINDS.get(node.target, "raw")
+        for node in flow.uses_of[name]
+    }
+    return min(kinds, key=_ORDER.index, default="raw")
 
 
-def _is_vector(shape: Sequence[int], reads: Sequence[fx.Node]) -> bool:
+def _place(flow: Flow, use: fx.Node, name: str) -> int:
+    """Place of a weight among those that an opaque call applies."""
+    return flow.weights_of[use].index(name) if use.target is call_opaque else 0
+
+
+def _is_vector(shape: Sequence[int], reads: Sequence[fx.Node], kind: str) -> bool:
     """Whether one dimension at most is larger than 1, and no layer is made of it as it is."""
-    is_layer = any(user.target in KINDS for read in reads for user in read.users)
+    users = [user.target for read in reads for user in read.users]
+    is_layer = any(target in KINDS for target in users) or (call_opaque in users and kind != "raw")
     return math.prod(shape) == max(shape, default=1) and not is_layer
 
 
@@ -137,7 +153,7 @@ class _Structure:
             if node in self.applied:
                 self._add_event(node)
                 self.before[node] |= self.bit[node]
-                self.depth[node] += 1
+                self.depth[node] += self.num_steps(node)
             elif len(values) > 1:
                 started = self._join(node, values)
                 if started is None:
@@ -152,6 +168,12 @@ class _Structure:
             self.writers |= trunk
         self.has_successor = _union(map(self._earlier, self.applied))
         self._note_split_projections()
+
+    def num_steps(self, node: fx.Node) -> int:
+        """Count the weights that an opaque call applies, one after the other for all we know."""
+        if node not in self.applied:
+            return 0
+        return len(self.flow.weights_of[node]) if node.target is call_opaque else 1
 
     def _add_event(self, node: fx.Node) -> None:
         self.bit[node] = self.last[node] = 1 << len(self.events)
@@ -242,6 +264,8 @@ class _Structure:
     def role(self, operations: Sequence[fx.Node], shape: Sequence[int]) -> str:
         """Find the role of a weight that is no table."""
         operations = [node for node in operations if node in self.applied]
+        if any(self.num_steps(node) > 1 for node in operations):
+            return "other"  # what its weights do is not seen
         mine = _union(self.bit[node] for node in operations)
         given = _union(map(self._given, operations))
         is_first = all(

@@ -6,7 +6,7 @@ import dis
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from npas_fx.errors import CaptureError
+from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
+from npas_fx.passes.call_state import attributes_set_by_calls
+from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.frame import Frame
 from npas_fx.passes.leaves import owns_nothing_shareable
 from npas_fx.passes.patches import patches
 from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.rollback import RandomState, note_state
+from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
 from npas_fx.passes.value_types import made_type
 
@@ -33,6 +37,7 @@ class Trace:
 
     Attributes:
         graph: with the modules of torch.nn as calls.
+        failed: path of each module that could not be traced, and is a call as well -> why.
         steps: module path -> what its own forward does, calls of submodules being one step each;
             without constants, so that two modes that differ in these only have equal steps.
         asked_training: paths of the modules whose ``training`` flag was read.
@@ -42,6 +47,7 @@ class Trace:
     """
 
     graph: fx.Graph
+    failed: Mapping[str, str]
     steps: Mapping[str, Sequence[Any]]
     asked_training: frozenset[str]
     flags_before: Mapping[fx.Node, frozenset[str]]
@@ -70,6 +76,9 @@ class Tracer(fx.Tracer):
         self.signature = signature
         self.extra_leaves = leaves
         self.exposed = exposed
+        self.failed: dict[str, str] = {}
+        self.called: set[nn.Module] = set()
+        self.assigned: list[tuple[str, nn.Module, str]] = []
         self.asked_training: set[str] = set()
         self.flags_before: dict[fx.Node, frozenset[str]] = {}
         self.assumed_tensors: set[str] = set()
@@ -91,12 +100,18 @@ class Tracer(fx.Tracer):
         }
         self._state = _ambient_state()
         self._frames = [Frame((), self.steps.setdefault("", []), ())]
-        with patches(self):
-            graph = self.trace(root)
-        if self._refusal is not None:
-            raise self._refusal  # the user's code caught it and went another way
+        random = RandomState()
+        try:
+            with patches(self):
+                graph = self.trace(root)
+            self._check(random)
+        finally:
+            random.put_back()
+        if hand_overs := self._find_hand_overs():
+            raise UntraceableError(hand_overs)
         return Trace(
             graph=graph,
+            failed=self.failed,
             steps=self.steps,
             asked_training=frozenset(self.asked_training),
             flags_before=self.flags_before,
@@ -144,6 +159,7 @@ class Tracer(fx.Tracer):
         """Say whether a module stays a call."""
         return (
             module_qualified_name in self.extra_leaves
+            or module_qualified_name in self.failed
             or super().is_leaf_module(m, module_qualified_name)
             or (not isinstance(m, nn.Sequential) and owns_nothing_shareable(m))
         )
@@ -160,23 +176,87 @@ class Tracer(fx.Tracer):
                 )
             return forward(*args, **kwargs)  # made in forward, like nn.Softmax(dim=1)(x)
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        if m._backward_hooks or m._backward_pre_hooks:
-            raise self.refusal(
-                f"{path!r} has a backward hook, which a graph cannot keep; remove it and register "
-                "it on the emitted module instead"
-            )
+        is_leaf = self.is_leaf_module(m, path)
+        if not is_leaf and (m._backward_hooks or m._backward_pre_hooks):
+            self.failed[path] = "it has a backward hook"
+        if is_leaf or path in self.failed:
+            return self._call_leaf(m, forward, args, kwargs)
         arguments = [v.node for v in _leaves((args, kwargs)) if isinstance(v, fx.Proxy)]
+        undo = self._note(path, m, (args, kwargs))
         caller = self._frames[-1]
         caller.steps.append(("enter", path, tuple(map(caller.shape, arguments))))
         called = Frame(arguments, self.steps.setdefault(path, []), caller.asked)
         self._frames.append(called)
-        result = super().call_module(m, forward, args, kwargs)
+        random = RandomState()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            self._check(random)
+        except BusyError:
+            raise
+        except Exception as err:
+            self.failed[path] = say_why(err)
+            undo()
+            random.put_back()
+            return self._call_leaf(m, forward, args, kwargs)
         self._frames.pop()
         if not all(value is None or isinstance(value, fx.Proxy) for value in _leaves(result)):
             caller.asked |= called.asked  # a constant may follow a flag that the call has read
         return result
+
+    def _call_leaf(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.called.add(m)
+        for part in m.modules():
+            # What a call leaves on the module is not there now: who reads it cannot be traced.
+            for name in attributes_set_by_calls(part) & vars(part).keys():
+                del vars(part)[name]
+        return super().call_module(m, forward, args, kwargs)
+
+    def note_assigned(self, module: nn.Module, name: str) -> None:
+        """Note that the code that is being traced has assigned an attribute."""
+        if threading.get_ident() == self.thread:
+            setter = next((path for path, _ in reversed(self.module_stack.values())), "")
+            self.assigned.append((setter, module, name))
+
+    def _find_hand_overs(self) -> dict[str, str]:
+        """Paths of modules whose code assigns to what a call reads, which the call would miss."""
+        inside = {part for module in self.called for part in module.modules()}
+        return {
+            setter: f"it assigns the attribute {name!r} of a module that is called as it is"
+            for setter, module, name in self.assigned
+            if module in inside
+        }
+
+    def _check(self, random: RandomState) -> None:
+        """Refuse what the code that was just traced has done without an error."""
+        if not random.is_now():
+            raise self.refusal(
+                "forward draws random numbers in Python, which a graph would repeat at each call; "
+                "draw them with torch functions, or in a submodule without weights of its own"
+            )
+        if self._refusal is not None:
+            raise self._refusal  # the user's code caught it and went another way
+
+    def _note(self, path: str, module: nn.Module, arguments: Any) -> Callable[[], None]:
+        """Note where the trace is; the function that is returned takes it back there."""
+        put_back = note_state(module, arguments)
+        caller, num_assigned = self._frames[-1], len(self.assigned)
+        depth, num_steps, stack = len(self._frames), len(caller.steps), dict(self.module_stack)
+        last = next(iter(reversed(self.graph.nodes)))
+
+        def undo() -> None:
+            put_back()
+            self._refusal = None
+            del self._frames[depth:], caller.steps[num_steps:], self.assigned[num_assigned:]
+            for inside in [p for p in self.steps if is_inside(p, path)]:
+                del self.steps[inside]
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
+                self.graph.erase_node(node)
+                self.flags_before.pop(node, None)
+            self._proxy_of = {k: p for k, p in self._proxy_of.items() if not p.node._erased}
+
+        return undo
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Give a traced value for a parameter or buffer."""

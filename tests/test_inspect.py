@@ -42,9 +42,8 @@ def test_the_text_accounts_for_every_parameter(name):
     rows = cells(text)
     size = count_trainable(model)
     assert text.startswith(f"{size:,} trainable parameters, {inventory.coverage:.1%} of them in ")
-    sites = [
-        row for row in rows if len(row) == 6 and row[0] in ("linear", "conv", "embedding", "raw")
-    ]
+    kinds = ("linear", "conv", "embedding", "recurrent", "raw")
+    sites = [row for row in rows if len(row) == 6 and row[0] in kinds]
     kept = [row for row in rows if len(row) == 5]
     assert {(row[0], row[1]): int(row[2]) for row in sites} == dict(
         Counter((site.kind, site.role) for site in inventory.sites)
@@ -126,21 +125,29 @@ def test_frozen_parameters_are_listed_but_not_counted():
     assert inventory.num_parameters == count_trainable(model)
 
 
-def test_an_emitted_module_and_an_untraceable_one_are_refused():
+def test_an_emitted_module_is_refused():
     shared = npas_fx.transform(MODELS["mlp"].make(), 0.5)
     with pytest.raises(npas_fx.NPASError, match="already transformed"):
         npas_fx.inspect(shared)
 
+
+def test_what_is_not_traced_is_listed_with_the_line():
     class Branches(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(npas_fx.CaptureError, match="branches"):
-        npas_fx.inspect(nn.Sequential(nn.Linear(2, 2), Branches(), copy.deepcopy(Held())))
+    inventory = npas_fx.inspect(nn.Sequential(nn.Linear(2, 2), Branches(), copy.deepcopy(Held())))
+    (opaque,) = inventory.opaque  # the other one owns nothing
+    assert (opaque.path, opaque.kind, opaque.numel) == ("2", "Held", 6)
+    assert re.search(r"branches on a value.*\[.*test_inspect.py:\d+\]", opaque.reason)
+    assert "2.fc.weight" in {site.name for site in inventory.sites}
+    text = str(inventory)
+    (row,) = (row for row in cells(text) if len(row) == 4 and row[0] == "2 (Held)")
+    assert row[1:3] == ["6", "50.0%"]
 
 
 class Held(nn.Module):
-    """Has a weight and branches on its input, so that it is traced into and refused."""
+    """Has a weight and branches on its input."""
 
     def __init__(self):
         super().__init__()

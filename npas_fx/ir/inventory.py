@@ -17,6 +17,7 @@ from npas_fx.ir.globs import find_globs
 # What is printed at most; the fields of the inventory hold all.
 _MOST_GLOBS = 8  # in a row
 _MOST_REPEATS = 12
+_MOST_OPAQUE = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,8 @@ class Site:
         shape: of the weight tensor.
         dtype: of the weight tensor.
         device: of the weight tensor.
-        kind: ``linear``, ``conv``, ``embedding`` or ``raw``: the operation that reads it.
+        kind: the operation that reads it: ``linear``, ``conv``, ``embedding``, ``attention
+            projection``, ``recurrent``, or ``raw`` for any other.
         role: what the graph says it does, see ``npas_fx.passes.roles``.
         depth: where it is read, 0 at the input, 1 at the output.
         uses: how many operations read it.
@@ -105,6 +107,26 @@ class Repeats:
     sites: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opaque:
+    """A module with weights that is called as it is, not traced into.
+
+    Its weights are sites like all others, but what it does with them is not known: they have the
+    role ``other``, and no part of a repeated block.
+
+    Attributes:
+        path: of the module, the root as an empty string.
+        kind: its class.
+        reason: why it is not traced, with the line of code where there is one.
+        numel: elements of its trainable parameters.
+    """
+
+    path: str
+    kind: str
+    reason: str
+    numel: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Inventory:
     """All parameters of a model, each exactly once: a site, or kept with a reason.
@@ -113,11 +135,13 @@ class Inventory:
         sites: what can be generated.
         kept: what stays as it is.
         repeats: the largest blocks of the model that are repeated.
+        opaque: the modules that are not traced into.
     """
 
     sites: tuple[Site, ...]
     kept: tuple[Kept, ...]
     repeats: tuple[Repeats, ...] = ()
+    opaque: tuple[Opaque, ...] = ()
 
     def __iter__(self) -> Iterator[Site | Kept]:
         yield from self.sites
@@ -156,11 +180,14 @@ class Inventory:
             f"{self.num_parameters:,} trainable parameters, {self.coverage:.1%} of them in "
             f"{len(self.sites):,} sites, weights that can be generated"
         )
-        tables = [self._sites_table(), self._kept_table(), self._repeats_table()]
+        tables = [
+            *(self._sites_table(), self._kept_table(), self._repeats_table()),
+            self._opaque_table(),
+        ]
         with StringIO() as text:
             for table in tables:
                 if table.row_count:
-                    Console(file=text, width=110, color_system=None).print(table)
+                    Console(file=text, width=110, color_system=None, markup=False).print(table)
             lines = (line.rstrip() for line in text.getvalue().splitlines())
             return "\n".join([head, *lines])
 
@@ -201,6 +228,16 @@ class Inventory:
                 )
         if table.row_count < len(sizes):
             table.add_row(f"and {len(sizes) - table.row_count:,} smaller")
+        return table
+
+    def _opaque_table(self) -> Table:
+        table = _make_table("not traced into", "module", *_COUNTED[:2], "reason")
+        largest = sorted(self.opaque, key=lambda opaque: -opaque.numel)
+        for opaque in largest[:_MOST_OPAQUE]:
+            name = f"{opaque.path} ({opaque.kind})" if opaque.path else opaque.kind
+            table.add_row(name, f"{opaque.numel:,}", self._share(opaque.numel), opaque.reason)
+        if len(largest) > _MOST_OPAQUE:
+            table.add_row(f"and {len(largest) - _MOST_OPAQUE:,} smaller")
         return table
 
     def _cells(self, group: Sequence[Site | Kept]) -> Iterator[str]:

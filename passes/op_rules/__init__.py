@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from npas_fx.passes.op_rules.conv import lower_conv
+from npas_fx.passes.op_rules.conv_transpose import lower_conv_transpose
 from npas_fx.passes.op_rules.embedding import lower_embedding
 from npas_fx.passes.op_rules.linear import lower_linear
+from npas_fx.passes.op_rules.recurrent import lower_recurrent
 from npas_fx.passes.op_rules.rule import Refusal, Rule
 
 OP_RULES: Mapping[type[nn.Module], Rule] = {
@@ -16,7 +18,13 @@ OP_RULES: Mapping[type[nn.Module], Rule] = {
     nn.Conv1d: lower_conv,
     nn.Conv2d: lower_conv,
     nn.Conv3d: lower_conv,
+    nn.ConvTranspose1d: lower_conv_transpose,
+    nn.ConvTranspose2d: lower_conv_transpose,
+    nn.ConvTranspose3d: lower_conv_transpose,
     nn.Embedding: lower_embedding,
+    nn.LSTM: lower_recurrent,
+    nn.GRU: lower_recurrent,
+    nn.RNN: lower_recurrent,
 }
 
 __all__ = ["OP_RULES", "Refusal", "Rule"]

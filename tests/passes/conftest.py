@@ -3,6 +3,7 @@
 import builtins
 import copy
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,9 +14,17 @@ from torch.utils import _pytree as pytree
 
 import npas_fx
 from npas_fx.errors import InfeasibleBudgetError
+from npas_fx.passes.capture import capture
 from npas_fx.passes.patches import FACTORIES
 from npas_fx.passes.skeleton import clone, copy_with
 from npas_fx.verify import all_weights, generate
+
+
+@pytest.fixture(autouse=True)
+def _grad_mode():
+    """Models that switch gradients off for good do so for their own test only."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 def snapshot(model):
@@ -64,6 +73,8 @@ def assert_unchanged(model, before):
 
 def _run(call, parameters):
     torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
     output = call()
     stream = torch.get_rng_state()
     leaves = pytree.tree_leaves(tensors_of(output))
@@ -192,4 +203,17 @@ def refuses():
         return caught.value
 
     torch.manual_seed(0)
+    return run
+
+
+@pytest.fixture
+def falls_back(check):
+    """See that a capture makes a call of a module, for this reason, and that it is right."""
+
+    def run(model, *args, match, path="", kwargs=None, **how):
+        captured = capture(model, args, kwargs)
+        assert path in captured.leaves
+        assert re.search(match, captured.leaves[path]), captured.leaves[path]
+        return check(model, *args, kwargs=kwargs, **how)
+
     return run

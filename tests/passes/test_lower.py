@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from npas_fx.passes.lower import lower
 from npas_fx.passes.op_rules import Refusal
+from npas_fx.passes.opaque import call_opaque
 
 
 def traced(model):
@@ -50,7 +51,7 @@ def test_subclasses_hooks_and_own_forwards_stay_calls():
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.LSTM(4, 4), nn.LayerNorm(4))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.GRUCell(4, 4), nn.LayerNorm(4))
     model[0].__class__ = Own
     model[1].register_forward_hook(lambda *args: None)
     model[2].forward = types.MethodType(lambda self, x: x, model[2])
@@ -64,10 +65,34 @@ def test_subclasses_hooks_and_own_forwards_stay_calls():
         "0": "no op rule for Own",
         "1": "Linear with a forward hook",
         "2": "Linear with a forward of its own",
-        "3": "recurrent (LSTM)",
+        "3": "no op rule for GRUCell",
         "4": "norm (LayerNorm)",
     }
-    assert str(lowered) == str(graph)
+    opaque = [node for node in lowered.nodes if node.target is call_opaque]
+    assert [node.args[0].target for node in opaque] == ["0", "1", "2", "3"]
+    assert opaque[3].args[1] == ("weight_ih", "weight_hh")
+    assert [weight.target for weight in opaque[3].args[2]] == ["3.weight_ih", "3.weight_hh"]
+    assert [node.target for node in lowered.nodes if node.op == "call_module"] == ["4"]
+
+
+def test_all_names_of_a_tied_weight_are_handed_in():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x)) if x.sum() > 0 else x
+
+    model = nn.Sequential(Pair(), nn.Linear(4, 4))
+    model[1].weight = model[0].a.weight
+    graph = fx.Graph()
+    graph.output(graph.call_module("0", (graph.placeholder("x"),)))
+    lowered, _ = lower(graph, model)
+    (opaque,) = (node for node in lowered.nodes if node.target is call_opaque)
+    assert opaque.args[1] == ("a.weight", "b.weight")
+    assert [weight.target for weight in opaque.args[2]] == ["0.a.weight", "0.a.weight"]
 
 
 def test_rules_can_be_given_and_may_refuse():

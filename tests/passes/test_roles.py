@@ -519,4 +519,6 @@ def test_modules_that_stay_calls_are_layers_too():
             y = self.middle(self.recurrent(x)[0])
             return y + self.attention(y, y, y)[0], self.last(y)
 
-    assert roles(Tagger()) == {"middle": "residual_writer", "last": "head"}
+    found = roles(Tagger())
+    assert found["middle"] == "residual_writer"
+    assert found["last"] == "head"
