@@ -49,7 +49,8 @@ def transform(
             (``0.25``, ``1.5``, ``"25%"``), a number of them (``3_500_000``, ``"3.5M"``), or their
             bytes (``"14MB"``).
         example_inputs: a tensor, or a tuple of positional arguments of ``forward``. They say which
-            optional arguments are used, and the result is verified on them.
+            optional arguments are used, they answer what the model's code asks about shapes and
+            types, and the result is verified on them.
         example_kwargs: keyword arguments, likewise.
         include: names, globs or compiled regular expressions; only these weights may be shared.
         exclude: these stay as they are; wins over ``include``.

@@ -143,6 +143,23 @@ def read_call(
     )
 
 
+def flatten_example(
+    call: CallSignature, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Name of each input of the graph -> its value in the example that ``call`` was read from."""
+    bound = call.signature.bind(*as_tuple(example_inputs), **(example_kwargs or {}))
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = call.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            flat.update({f"{name}_{k}": item for k, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        else:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if name not in call.constants}
+
+
 def _kind(value: Any) -> type:
     return Tensor if isinstance(value, Tensor) else type(value)
 

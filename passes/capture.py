@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
-from npas_fx.passes.call import CallSignature, read_call
+from npas_fx.passes.call import CallSignature, flatten_example, read_call
 from npas_fx.passes.inventory import take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import differing_modules, merge_modes
+from npas_fx.passes.probes import Probes
 from npas_fx.passes.refuse_models import refuse_models
 from npas_fx.passes.skeleton import make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
@@ -80,10 +81,11 @@ def capture(
     refuse_models(model)
     skeleton = make_skeleton(model)
     call = read_call(model, example_inputs, example_kwargs)
+    probes = make_probes(model, call, example_inputs, example_kwargs)
     reasons: dict[str, str] = {}
     while "" not in reasons:
         try:
-            return _capture_with(model, skeleton, call, reasons)
+            return _capture_with(model, skeleton, call, reasons, probes)
         except UntraceableError as err:
             for path, reason in err.reasons.items():
                 while path in reasons:  # it is a call already: then what is around it has to be
@@ -93,7 +95,11 @@ def capture(
 
 
 def _capture_with(
-    model: nn.Module, skeleton: nn.Module, call: CallSignature, reasons: Mapping[str, str]
+    model: nn.Module,
+    skeleton: nn.Module,
+    call: CallSignature,
+    reasons: Mapping[str, str],
+    probes: Probes | None,
 ) -> Capture:
     """Capture a model, parts of which stay calls.
 
@@ -102,7 +108,9 @@ def _capture_with(
     """
     work = make_skeleton(skeleton)  # a fresh copy: tracing may leave traced values on the modules
     exposed = _expose_tensors(work)
-    trace = partial(trace_mode, work, call=call, leaves=frozenset(reasons), exposed=exposed)
+    trace = partial(
+        trace_mode, work, call=call, leaves=frozenset(reasons), exposed=exposed, probes=probes
+    )
     work.train(True)
     train = trace()
     work.train(False)
@@ -138,6 +146,15 @@ def _capture_with(
         constants=_find_constants(graph, work, skeleton),
         skeleton=skeleton,
     )
+
+
+def make_probes(
+    model: nn.Module, call: CallSignature, example_inputs: Any, example_kwargs: Any
+) -> Probes | None:
+    """Make probes of an example; None without one."""
+    if example_inputs is None and example_kwargs is None:
+        return None
+    return Probes(model, flatten_example(call, example_inputs, example_kwargs))
 
 
 def _keep_whole(skeleton: nn.Module, model: nn.Module, call: CallSignature, reason: str) -> Capture:

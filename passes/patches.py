@@ -34,6 +34,7 @@ _CONTEXTS = (
 
 _LOCK = threading.Lock()
 _plain_isinstance = builtins.isinstance
+_plain_len = builtins.len
 _plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
 
 
@@ -57,6 +58,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     for name in FACTORIES:
         yield torch, name, _recorded(tracer, getattr(torch, name))
     yield builtins, "isinstance", _isinstance
+    yield builtins, "len", _len
     yield torch, "is_tensor", _is_tensor
     yield nn.Module, "parameters", _parameters_of(tracer)
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
@@ -69,7 +71,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
 
 def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
     def record(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != tracer.thread:  # a data loader's, say
+        if not tracer.is_tracing():  # in a data loader's thread, say
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
@@ -78,21 +80,29 @@ def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]
 
 def _isinstance(value: Any, kind: Any) -> bool:
     # A proxy is no Tensor, so user code would take the wrong branch without a word.
-    if type(value) is CapturedProxy and not _plain_isinstance(value, kind):
+    if _plain_isinstance(value, CapturedProxy) and not _plain_isinstance(value, kind):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.split(".")[0] not in ("torch", "npas_fx"):
-            return value.is_instance(kind)
+            return bool(value.is_instance(kind))
     return _plain_isinstance(value, kind)
 
 
+def _len(value: Any) -> Any:
+    return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
+
+
 def _is_tensor(value: Any) -> bool:
-    if type(value) is CapturedProxy:
-        return value.is_instance(Tensor)
+    if _plain_isinstance(value, CapturedProxy):
+        return bool(value.is_instance(Tensor))
     return _plain_isinstance(value, Tensor)
 
 
 def _refuse_function(tracer: Tracer) -> Any:
+    apply = vars(torch.autograd.Function)["apply"]
+
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.is_tracing():
+            return apply.__get__(None, cls)(*args, **kwargs)
         raise tracer.refusal(
             f"it calls the torch.autograd.Function {cls.__name__}, whose backward a graph would "
             "lose; put the call into a module without weights of its own"
@@ -105,7 +115,7 @@ def _parameters_of(tracer: Tracer) -> Callable[..., Any]:
     # Else `next(self.parameters()).device` would be the device of a copy without values.
     def parameters(module: nn.Module, recurse: bool = True) -> Iterator[Any]:
         for _, parameter in module.named_parameters(recurse=recurse):
-            name = tracer.names.get(id(parameter))
+            name = tracer.names.get(id(parameter)) if tracer.is_tracing() else None
             yield parameter if name is None else tracer.read(name, parameter)
 
     return parameters
@@ -113,7 +123,7 @@ def _parameters_of(tracer: Tracer) -> Callable[..., Any]:
 
 def _counted(tracer: Tracer, method: Callable[..., Any], step: int) -> Callable[..., Any]:
     def count(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == tracer.thread:
+        if tracer.is_tracing():
             tracer.num_contexts += step
         return method(*args, **kwargs)
 
@@ -129,7 +139,10 @@ def _set_attribute_of(tracer: Tracer) -> Callable[[nn.Module, str, Any], None]:
 
 
 def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    if type(value) is not CapturedProxy or name not in {**module._parameters, **module._buffers}:
+    if not _plain_isinstance(value, CapturedProxy) or name not in {
+        **module._parameters,
+        **module._buffers,
+    }:
         return _plain_setattr(module, name, value)
     node, tracer, owned = value.node, value.tracer, module._buffers.get(name)
     owned_name = tracer.names.get(id(owned))

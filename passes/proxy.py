@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from npas_fx.passes.questions import UNKNOWN
+
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
 
@@ -18,6 +20,7 @@ _IN_PLACE = (
 )
 IN_PLACE_FUNCTIONS = frozenset(getattr(operator, name) for name in _IN_PLACE)
 
+_LEN = len  # while tracing, the name stands for a patch
 _OWN_FIELDS = frozenset({"node", "tracer", "_known"})
 _KNOWN_OF_WEIGHTS = ("shape", "dtype", "ndim", "size", "dim", "numel")
 
@@ -43,6 +46,11 @@ class CapturedProxy(fx.Proxy):
             )
         super().__setattr__(name, value)
 
+    def __getitem__(self, key: Any) -> Any:
+        if self.tracer.is_none(self, key):
+            return None
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -55,16 +63,26 @@ class CapturedProxy(fx.Proxy):
                 raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
             if not callable(getattr(made, name)):
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
+        return CapturedAttribute(self, name)
 
     def __len__(self) -> int:
-        if self._known is None:
-            raise self.tracer.refusal("len() of a traced value is not known while tracing")
-        return len(self._known)
+        length = self.tracer.questions.ask(self, "len")
+        if length is not UNKNOWN:
+            return int(length)
+        raise self.tracer.refusal("len() of a traced value is not known while tracing")
+
+    def length(self) -> Any:
+        """What ``len`` gives: a number, or a traced one where it may vary."""
+        if self._known is not None:
+            return self._known.shape[0]
+        return self.tracer.create_proxy("call_function", _LEN, (self,), {})
 
     def __hash__(self) -> int:
         made = self.made_type()
         if made is not None and not issubclass(made, Tensor):
+            value = self.tracer.questions.ask(self, "value")
+            if value is not UNKNOWN:
+                return hash(value)
             raise self.tracer.refusal(
                 f"forward looks a traced {made.__name__} up in a set or a dict; it is not known "
                 "while tracing"
@@ -73,6 +91,10 @@ class CapturedProxy(fx.Proxy):
 
     def __str__(self) -> str:
         made = self.made_type()
+        if made is not None and not issubclass(made, Tensor):
+            text = self.tracer.questions.ask(self, "str")
+            if text is not UNKNOWN:
+                return str(text)
         if made in (torch.dtype, torch.device):
             raise self.tracer.refusal(
                 f"forward asks for the text of a traced {made.__name__}, not known while tracing"
@@ -83,10 +105,19 @@ class CapturedProxy(fx.Proxy):
         return str(self)
 
     def __int__(self) -> int:
-        raise self.tracer.refusal("forward makes a Python number of a traced value")
+        return int(self._number("int"))
+
+    def __index__(self) -> int:
+        return int(self._number("int"))
 
     def __float__(self) -> float:
-        raise self.tracer.refusal("forward makes a Python number of a traced value")
+        return float(self._number("float"))
+
+    def _number(self, question: str) -> Any:
+        number = self.tracer.questions.ask(self, question)
+        if number is UNKNOWN:
+            raise self.tracer.refusal("forward makes a Python number of a traced value")
+        return number
 
     def is_instance(self, kind: Any) -> bool:
         """What ``isinstance`` says of the value that this one stands for."""
@@ -107,6 +138,32 @@ class CapturedProxy(fx.Proxy):
             assume_tensor: whether an input of the model that no example tells about is a tensor.
         """
         return self.tracer.made_type(self.node, assume_tensor)
+
+
+class CapturedAttribute(CapturedProxy):
+    """An attribute of a traced value: a method, unless it is used as a value."""
+
+    def __init__(self, owner: CapturedProxy, name: str) -> None:
+        fields = vars(self)
+        fields["tracer"], fields["_owner"], fields["_name"] = owner.tracer, owner, name
+        fields["_known"] = fields["_node"] = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that reads it, made when it is needed."""
+        fields = vars(self)
+        if fields["_node"] is None:
+            arguments = (fields["_owner"], fields["_name"])
+            made = self.tracer.create_proxy("call_function", getattr, arguments, {})
+            fields["_node"] = made.node
+        node: fx.Node = fields["_node"]
+        return node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the call of a method."""
+        fields = vars(self)
+        arguments = (fields["_owner"], *args)
+        return self.tracer.create_proxy("call_method", fields["_name"], arguments, kwargs)
 
 
 def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:

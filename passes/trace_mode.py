@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from npas_fx.errors import BusyError, UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.leaves import MODULE_FIELDS
+from npas_fx.passes.probes import Probes
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.tracer import Trace, Tracer
 
@@ -20,7 +21,11 @@ _CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors that i
 
 
 def trace_mode(
-    work: nn.Module, call: CallSignature, leaves: frozenset[str], exposed: frozenset[str]
+    work: nn.Module,
+    call: CallSignature,
+    leaves: frozenset[str],
+    exposed: frozenset[str],
+    probes: Probes | None = None,
 ) -> Trace:
     """Trace a model in the mode that it is in, so that the trace holds for each call.
 
@@ -29,18 +34,24 @@ def trace_mode(
         call: how the model is called.
         leaves: paths of modules that stay calls.
         exposed: names of buffers that are plain attributes in the model.
+        probes: example runs that answer what the code asks; None without an example.
 
     Raises:
         UntraceableError: the root itself cannot be traced, or a call leaves something behind for
             the next one.
     """
+    if probes is not None:
+        for path, module in work.named_modules():
+            probes.root.get_submodule(path).training = module.training
     before = _state(work)
-    trace = _trace_once(work, call, leaves, exposed)
+    trace = _trace_once(work, call, leaves, exposed, probes)
     left = _state(work)
     if left == before:
         return trace
     # What a call leaves on its modules is harmless only where no later call reads it.
-    again = _trace_once(work, call, leaves, exposed)
+    again = _trace_once(work, call, leaves, exposed, probes)
+    if again.failed.keys() != trace.failed.keys():
+        raise UntraceableError({**trace.failed, **again.failed})
     now = _state(work)
     changed = [key for key in left.keys() | now.keys() if left.get(key) != now.get(key)]
     path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
@@ -53,7 +64,8 @@ def trace_mode(
         )
         raise UntraceableError({_reader(again.graph, changed): why})
     if str(again.graph) != str(trace.graph):
-        raise UntraceableError({"": "it reads what an earlier call left on it"})
+        path = _first_difference(trace.graph, again.graph)
+        raise UntraceableError({path: "it reads what an earlier call left on it"})
     return trace
 
 
@@ -70,11 +82,24 @@ def _reader(graph: fx.Graph, constants: Collection[tuple[str, str]]) -> str:
     return min(paths, default="")
 
 
+def _first_difference(one: fx.Graph, other: fx.Graph) -> str:
+    """Find the innermost module whose code adds the first node in which two graphs differ."""
+    for node, counterpart in zip(one.nodes, other.nodes, strict=False):
+        if node.format_node() != counterpart.format_node():
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            return stack[-1][0] if stack else ""
+    return ""
+
+
 def _trace_once(
-    work: nn.Module, call: CallSignature, leaves: frozenset[str], exposed: frozenset[str]
+    work: nn.Module,
+    call: CallSignature,
+    leaves: frozenset[str],
+    exposed: frozenset[str],
+    probes: Probes | None,
 ) -> Trace:
     try:
-        return Tracer(call, leaves, exposed).trace_mode(work)
+        return Tracer(call, leaves, exposed, probes).trace_mode(work)
     except (BusyError, UntraceableError):
         raise
     except Exception as err:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -22,7 +23,9 @@ from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.frame import Frame
 from npas_fx.passes.leaves import owns_nothing_shareable
 from npas_fx.passes.patches import patches
+from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.questions import UNKNOWN, Questions
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
@@ -65,14 +68,20 @@ class Tracer(fx.Tracer):
         signature: how the model is called.
         leaves: paths of further modules that stay calls.
         exposed: names of buffers that are plain attributes in the model.
+        probes: example runs that answer what the code asks; None without an example.
     """
 
     proxy_buffer_attributes = True  # an update of a buffer is recorded, not run
 
     def __init__(
-        self, signature: CallSignature, leaves: frozenset[str], exposed: frozenset[str]
+        self,
+        signature: CallSignature,
+        leaves: frozenset[str],
+        exposed: frozenset[str],
+        probes: Probes | None = None,
     ) -> None:
         super().__init__()
+        self.questions = Questions(probes)
         self.signature = signature
         self.extra_leaves = leaves
         self.exposed = exposed
@@ -126,12 +135,45 @@ class Tracer(fx.Tracer):
     def note_asked(self, module: nn.Module) -> None:
         """Note that the code that is being traced has read the ``training`` flag of ``module``."""
         path = (self.submodule_paths or {}).get(module)
-        if path is not None and threading.get_ident() == self.thread:
+        if path is not None and self.is_tracing():
             self.asked_training.add(path)
             self._frames[-1].asked.add(path)
 
+    def is_tracing(self) -> bool:
+        """Whether the code that runs is that of the model: in its thread, and for the graph."""
+        return not self.questions.is_asking and threading.get_ident() == self.thread
+
+    def is_none(self, proxy: CapturedProxy, key: Any) -> bool:
+        """Whether one of the results of a call is None, where no example tells.
+
+        Raises:
+            CaptureError: it could be, for all one knows.
+        """
+        node = proxy.node
+        is_result = node.op == "call_module" and isinstance(key, (int, str))
+        if not is_result or self.questions.values_of(node) is not None:
+            return False
+        module = self.root.get_submodule(str(node.target))
+        if isinstance(module, nn.MultiheadAttention):
+            given = {**dict(zip(("need_weights",), node.args[4:], strict=False)), **node.kwargs}
+            return key == 1 and given.get("need_weights", True) is False
+        if module.__module__.startswith("torch.nn."):
+            return False
+        raise self.refusal(
+            f"forward takes one of the results of a {type(module).__name__}, and whether it is "
+            "None is not known without an example"
+        )
+
     def made_type(self, node: fx.Node, assume_tensor: bool) -> type | None:
         """See ``CapturedProxy.made_type``."""
+        static = self._static_type(node, assume_tensor=False)
+        values = None if static is not None else self.questions.values_of(node)
+        if values is not None:
+            types = {Tensor if isinstance(value, Tensor) else type(value) for value in values}
+            return types.pop() if len(types) == 1 else None
+        return static or self._static_type(node, assume_tensor)
+
+    def _static_type(self, node: fx.Node, assume_tensor: bool) -> type | None:
 
         def input_type(argument: str) -> type | None:
             if assume_tensor and argument not in self.signature.types:
@@ -166,7 +208,7 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record or trace the call of a module."""
-        if threading.get_ident() != self.thread:
+        if not self.is_tracing():
             return forward(*args, **kwargs)
         if m not in (self.submodule_paths or {}):
             if any(True for _ in named_tensors(m)):
@@ -213,7 +255,7 @@ class Tracer(fx.Tracer):
 
     def note_assigned(self, module: nn.Module, name: str) -> None:
         """Note that the code that is being traced has assigned an attribute."""
-        if threading.get_ident() == self.thread:
+        if self.is_tracing():
             setter = next((path for path, _ in reversed(self.module_stack.values())), "")
             self.assigned.append((setter, module, name))
 
@@ -251,15 +293,20 @@ class Tracer(fx.Tracer):
                 del self.steps[inside]
             self.module_stack.clear()
             self.module_stack.update(stack)
+            erased = set()
             while (node := next(iter(reversed(self.graph.nodes)))) is not last:
                 self.graph.erase_node(node)
                 self.flags_before.pop(node, None)
-            self._proxy_of = {k: p for k, p in self._proxy_of.items() if not p.node._erased}
+                erased.add(node)
+            self.questions.forget(erased)
+            self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
 
         return undo
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Give a traced value for a parameter or buffer."""
+        if not self.is_tracing():
+            return attr_val
         name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
             return attr_val
@@ -272,9 +319,20 @@ class Tracer(fx.Tracer):
             self._proxy_of[name] = CapturedProxy(node, self, tensor)
         return self._proxy_of[name]
 
-    def proxy(self, node: fx.Node) -> CapturedProxy:
-        """Wrap a node."""
+    def proxy(self, node: fx.Node) -> Any:
+        """Wrap a node; what is None in all probes is None, since ``is`` cannot be asked for."""
+        if self._may_be_none(node):
+            values = self.questions.values_of(node)
+            if values is not None and all(value is None for value in values):
+                return None
         return CapturedProxy(node, self)
+
+    def _may_be_none(self, node: fx.Node) -> bool:
+        if self._static_type(node, assume_tensor=False) is not None:
+            return False
+        if node.op == "call_module":
+            return True
+        return node.op == "call_function" and node.target in (operator.getitem, getattr)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
@@ -285,13 +343,16 @@ class Tracer(fx.Tracer):
                 "the call of the model, or inside a submodule without weights of its own"
             )
         node = super().create_node(*args, **kwargs)
+        self.questions.note(node)
         self._frames[-1].add(node)
         self.flags_before[node] = frozenset(self._frames[-1].asked)
         return node
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
+    def to_bool(self, obj: Any) -> bool:
         """Answer a question of control flow: an ``assert`` becomes a node, others are refused."""
         frame = sys._getframe(2)
+        if not _is_assert(frame) and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
+            return bool(answer)
         if _is_assert(frame):
             where = f"assertion at {frame.f_code.co_filename}:{frame.f_lineno}"
             self.create_proxy("call_function", torch._assert, (obj, where), {})
@@ -301,8 +362,11 @@ class Tracer(fx.Tracer):
             "through, or put the branch into a module without weights of its own"
         )
 
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        """Refuse to loop over a traced value."""
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Take a traced value apart, if an example tells how long it is."""
+        length = self.questions.ask(obj, "len")
+        if length is not UNKNOWN:
+            return iter([obj[k] for k in range(length)])
         raise self.refusal(
             "forward loops over a value that depends on its inputs, or unpacks it with a star; "
             "how long it is, is not known while tracing"

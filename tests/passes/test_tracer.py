@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import npas_fx
 from npas_fx.passes.capture import capture
+from npas_fx.passes.guards import check_guard
 from two_layers import net, x
 
 
@@ -222,6 +223,7 @@ RIGHT = [
 
 @pytest.mark.parametrize("forward", RIGHT, ids=lambda f: f.__name__)
 def test_is_right(forward, check):
+    assert "" not in capture(net(forward, constant=torch.ones(4)), x()).leaves
     check(net(forward, constant=torch.ones(4)), x(), others=((torch.randn(5, 4),),))
 
 
@@ -297,8 +299,16 @@ def loops(self, x):
     return sum(row for row in self.run(x))
 
 
-def length(self, x):
-    return self.run(x) * len(x)
+def loops_over_a_size(self, x):
+    y = self.run(x)
+    for k in range(x.shape[1]):
+        y = y + k
+    return y
+
+
+def nothing_in_a_tuple(self, x):
+    y, nothing = self.attention(x, x, x, need_weights=False)
+    return self.run(y) if nothing is None else y
 
 
 def dtype_in_a_set(self, x):
@@ -431,15 +441,9 @@ NOT_TRACED = {
     autocast_off: "switches gradients or autocast",
     set_grad_enabled: "switches gradients or autocast",
     branches: r"forward branches on a value .*\[.*test_tracer.py:\d+\]",
-    branches_on_shape: "forward branches on a value",
     swallows_the_refusal: "forward branches on a value",
     swallows_a_number: "Python number",
     loops: "loops over a value",
-    length: r"len\(\) of a traced value",
-    dtype_in_a_set: "a traced dtype up in a set",
-    dtype_as_text: "the text of a traced dtype",
-    type_of_an_unknown: "type of a value that is not known",
-    type_of_a_recurrent_output: "type of a value that is not known",
     assigns_data: "attribute 'data' of a traced value",
     assigns_requires_grad: "attribute 'requires_grad'",
     rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
@@ -458,8 +462,96 @@ NOT_TRACED = {
     float_tensor: "makes a tensor while it runs",
     computes_with_hidden_parameter: "makes a tensor while it runs",
     type_as_argument: "hands a tensortype to a traced operation",
-    star: "unpacks it with a star",
 }
+
+
+# What an example answers, and the reason why these are called without one.
+ANSWERED = {
+    branches_on_shape: "forward branches on a value",
+    loops_over_a_size: "Python number",
+    dtype_in_a_set: "a traced dtype up in a set",
+    dtype_as_text: "the text of a traced dtype",
+    type_of_an_unknown: "type of a value that is not known",
+    type_of_a_recurrent_output: "type of a value that is not known",
+    star: "unpacks it with a star",
+    nothing_in_a_tuple: None,
+}
+
+
+@pytest.mark.parametrize("forward", ANSWERED, ids=lambda f: f.__name__)
+def test_an_example_answers_what_the_code_asks(forward, check):
+    parts = {"recurrent": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+    model = net(forward, **parts)
+    assert not capture(model, x()).leaves.keys() & {"", "recurrent"}
+    check(model, x(), others=((torch.randn(5, 4),),))
+    if ANSWERED[forward] is not None:
+        assert ANSWERED[forward] in capture(model).leaves[""]
+    check(model, x(), example=False)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_another_answer_than_in_the_example_is_an_error_with_the_line(rows):
+    def forward(self, x):
+        if x.shape[1] % 3 == 1:
+            x = x * 2
+        return self.run(x[:, :4])
+
+    emitted = npas_fx.transform(net(forward), 1.0, example_inputs=x(rows, 7), solver="greedy")
+    for size in ((1, 7), (2, 7), (5, 7), (4, 10)):
+        assert emitted(torch.randn(*size)).shape == (size[0], 4)
+    words = (
+        r"captured for x\.shape\[1\] % 3 == 1 = True, called with False at .*test_tracer.py:\d+; "
+        "pass an example that covers it"
+    )
+    with pytest.raises(npas_fx.GuardError, match=words):
+        emitted(torch.randn(3, 8))
+
+
+def test_what_depends_on_the_number_of_rows_is_not_fixed(falls_back):
+    def forward(self, x):
+        return self.run(x) * (2 if x.shape[0] == 3 else 1)
+
+    falls_back(net(forward), x(), match="branches on a value", others=((torch.randn(5, 4),),))
+
+    def loops_over_rows(self, x):
+        return torch.stack([self.run(row) for row in x])
+
+    falls_back(net(loops_over_rows), x(), match="loops over a value", others=((x(5, 4),),))
+
+
+def test_the_length_of_a_batch_stays_free(check):
+    model = net(lambda self, x: self.run(x).reshape(len(x), -1) / len(x))
+    assert "" not in capture(model, x()).leaves
+    check(model, x(), others=((torch.randn(5, 4),),))
+
+
+def test_questions_about_weights_need_no_guard(check):
+    model = net(lambda self, x: self.run(x) if self.a.weight.shape[0] > 2 else x)
+    graph = capture(model, x()).graph
+    assert not [node for node in graph.nodes if node.target is check_guard]
+    check(model, x())
+
+
+def test_a_question_asked_twice_is_checked_once():
+    def forward(self, x):
+        rank = x.dim()
+        for _ in range(3):
+            x = x + 1 if rank == 2 else x
+        return self.run(x) if rank == 2 and bool(rank == 2) else x
+
+    graph = capture(net(forward), x()).graph
+    guards = [node for node in graph.nodes if node.target is check_guard]
+    assert len(guards) == len({(str(node.args[0]), node.args[1]) for node in guards})
+
+
+def test_guards_survive_compilation(check):
+    def forward(self, x):
+        return self.run(x) if x.shape[1] == 4 else self.run(x[:, :4])
+
+    emitted = npas_fx.transform(net(forward), 0.8, example_inputs=x(), solver="greedy")
+    compiled = torch.compile(emitted, backend="eager", fullgraph=True)
+    value = x(6, 4)
+    torch.testing.assert_close(compiled(value), emitted(value))
 
 
 # What these do differs from call to call.

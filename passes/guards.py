@@ -1,0 +1,72 @@
+"""Guards: what an example has answered is checked at each call."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from npas_fx.errors import GuardError
+
+QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "len": len,
+    "str": str,
+    "value": lambda value: value,
+}
+
+
+def check_guard(value: Any, question: str, expected: Any, what: str, where: str) -> None:
+    """Refuse a call for which the code of the model would go another way than in the example.
+
+    Raises:
+        GuardError: what was asked, both answers and the line.
+    """
+    answer = QUESTIONS[question](value)
+    if answer != expected:
+        raise GuardError(
+            f"captured for {what} = {expected!r}, called with {answer!r} at {where}; pass an "
+            "example that covers it"
+        )
+
+
+_SYMBOLS = {
+    **{operator.add: "+", operator.sub: "-", operator.mul: "*", operator.mod: "%"},
+    **{operator.floordiv: "//", operator.truediv: "/", operator.pow: "**"},
+    **{operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<="},
+    **{operator.gt: ">", operator.ge: ">="},
+}
+
+
+def describe(value: Any) -> str:
+    """Write a value as the code did, as far as its nodes tell."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    if value.op == "call_method":
+        receiver, *args = map(describe, value.args)
+        receiver = f"({receiver})" if " " in receiver else receiver
+        return f"{receiver}.{value.target}({', '.join(args)})"
+    args = [describe(arg) for arg in value.args[:2]] if value.op == "call_function" else []
+    if value.target in _SYMBOLS and len(args) == 2:
+        return f"{args[0]} {_SYMBOLS[value.target]} {args[1]}"
+    if value.target is getattr:
+        return f"{args[0]}.{value.args[1]}"
+    if value.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
+    return f"len({args[0]})" if value.target is len else value.name
+
+
+def user_line() -> str:
+    """File and line of the user's code that is running."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "").split(".")[0]
+        if module not in ("torch", "npas_fx", "contextlib", "unittest"):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

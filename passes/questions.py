@@ -1,0 +1,81 @@
+"""Questions that code asks of traced values, answered by the probes and guarded in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from npas_fx.passes.guards import QUESTIONS, check_guard, describe, user_line
+from npas_fx.passes.probes import Probes, Values
+
+if TYPE_CHECKING:
+    from npas_fx.passes.proxy import CapturedProxy
+
+UNKNOWN: Any = object()
+_ANSWERS = (bool, int, float, str, tuple, torch.dtype, torch.device, torch.layout, type(None))
+
+
+class Questions:
+    """Answers what the code of one trace asks.
+
+    Args:
+        probes: of the model; without them nothing is known.
+    """
+
+    def __init__(self, probes: Probes | None) -> None:
+        self.is_asking = False  # code of the model may run for an answer, and not for the graph
+        self._values = None if probes is None else Values(probes, self._run)
+        self._varying: set[fx.Node] = set()  # nodes that depend on an input of the model
+        self._guards: set[tuple[fx.Node, str, str]] = set()
+
+    def note(self, node: fx.Node) -> None:
+        """Note a node that was added."""
+        if node.op == "placeholder" or not self._varying.isdisjoint(node.all_input_nodes):
+            self._varying.add(node)
+
+    def forget(self, nodes: set[fx.Node]) -> None:
+        """Forget nodes that were taken back."""
+        self._varying -= nodes
+        self._guards = {guard for guard in self._guards if guard[0] not in nodes}
+
+    def values_of(self, node: fx.Node) -> list[Any] | None:
+        """Values of a node in the probes; None where they are not known."""
+        return None if self._values is None else self._values.of(node)
+
+    def ask(self, proxy: CapturedProxy, question: str) -> Any:
+        """Answer a question about a value if all probes agree, with a guard where it may vary.
+
+        Returns:
+            The answer; ``UNKNOWN`` if the probes cannot tell, or differ.
+        """
+        node = proxy.node
+        values = self.values_of(node)
+        if values is None:
+            return UNKNOWN
+        try:
+            answers = [self._run(partial(QUESTIONS[question], value)) for value in values]
+        except Exception:  # of a tensor, whose values are not known; or the user's own mistake
+            return UNKNOWN
+        first = answers[0]
+        if not isinstance(first, _ANSWERS) or not all(
+            type(answer) is type(first) and answer == first for answer in answers
+        ):
+            return UNKNOWN
+        guard = (node, question, repr(first))
+        if node in self._varying and guard not in self._guards:
+            self._guards.add(guard)
+            what = f"len({describe(node)})" if question == "len" else describe(node)
+            args = (proxy, question, first, what, user_line())
+            proxy.tracer.create_proxy("call_function", check_guard, args, {})
+        return first
+
+    def _run(self, function: Callable[[], Any]) -> Any:
+        before, self.is_asking = self.is_asking, True
+        try:
+            return function()
+        finally:
+            self.is_asking = before
