@@ -20,8 +20,8 @@ class BusyError(CaptureError):
 class GuardError(NPASError, ValueError):
     """A captured module was called in a way that its graph does not cover.
 
-    With an argument that the example did not have, or of a shape for which the model's code would go
-    another way.
+    With an argument that the example did not have, or of a shape for which the model's code would
+    go another way.
     """
 
 

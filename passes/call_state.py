@@ -1,4 +1,4 @@
-"""What the code of a module leaves on it at each call, as far as the code itself says."""
+"""What a call of a module may leave behind and give back, as far as its code itself says."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ def attributes_set_by_calls(module: nn.Module) -> frozenset[str]:
     kind: type = type(module)
     names = _stored(kind)
     return names | _stored_by(own.__code__) if isinstance(own, FunctionType) else names
+
+
+def may_return_none(module: nn.Module) -> bool:
+    """Whether the code of ``forward`` has a way out with None as the result."""
+    forward: Any = vars(module).get("forward", type(module).forward)
+    if not isinstance(forward, FunctionType):
+        return True
+    instructions = list(dis.get_instructions(forward))
+    return any(
+        one.argval is None
+        and (one.opname == "RETURN_CONST" or other.opname == "RETURN_VALUE")
+        and one.opname in ("LOAD_CONST", "RETURN_CONST")
+        for one, other in zip(instructions, (*instructions[1:], instructions[-1]), strict=True)
+    )
 
 
 @cache

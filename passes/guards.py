@@ -17,6 +17,7 @@ QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
     "float": float,
     "len": len,
     "str": str,
+    "is None": lambda value: value is None,
     "value": lambda value: value,
 }
 

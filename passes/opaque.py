@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -110,8 +109,8 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()
-_num_patched = 0
-_patches: list[Any] = []
+_num_inside = 0  # in all threads
+_found: tuple[Any, Any] = (None, None)
 
 
 @contextmanager
@@ -121,43 +120,38 @@ def _without_checkpoints() -> Iterator[None]:
     It would run it again in backward, when the weights are no longer in their slots, and the
     gradients would silently be those of other weights.
     """
-    global _num_patched
+    global _num_inside, _found
+    module: Any = torch.utils.checkpoint
     with _lock:
-        if not _num_patched:
-            _patches[:] = _make_patches()
-            for patch in _patches:
-                patch.start()
-        _num_patched += 1
+        if not _num_inside:
+            _found = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+            module.CheckpointFunction = _Reentrant(_found[0])
+            module._checkpoint_without_reentrant_generator = _run_once_if_inside(_found[1])
+        _num_inside += 1
     _here.inside += 1
     try:
         yield
     finally:
         _here.inside -= 1
         with _lock:
-            _num_patched -= 1
-            if not _num_patched:
-                for patch in reversed(_patches):
-                    patch.stop()
+            _num_inside -= 1
+            if not _num_inside:
+                module.CheckpointFunction = _found[0]
+                module._checkpoint_without_reentrant_generator = _found[1]
 
 
-def _make_patches() -> list[Any]:
-    module = torch.utils.checkpoint
-    reentrant, other = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+class _Reentrant:
+    """Stands for ``CheckpointFunction``; other threads go on using it."""
 
-    class Inline:
-        @staticmethod
-        def apply(function: Any, preserve: bool, *args: Any) -> Any:
-            if _here.inside:
-                return function(*args)
-            return reentrant.apply(function, preserve, *args)  # type: ignore[no-untyped-call]
+    def __init__(self, function: Any) -> None:
+        self.function = function
 
+    def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args) if _here.inside else self.function.apply(run, preserve, *args)
+
+
+def _run_once_if_inside(generate: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
     def once() -> Iterator[None]:
         yield
 
-    def inline(*args: Any, **kwargs: Any) -> Iterator[None]:
-        return once() if _here.inside else other(*args, **kwargs)
-
-    return [
-        mock.patch.object(module, "CheckpointFunction", Inline),
-        mock.patch.object(module, "_checkpoint_without_reentrant_generator", inline),
-    ]
+    return lambda *args, **kwargs: once() if _here.inside else generate(*args, **kwargs)

@@ -16,17 +16,9 @@ from torch.utils import _pytree as pytree
 from npas_fx.passes.skeleton import copy_with
 
 # Methods that change the shape of a tensor in place.
-_RESHAPING = frozenset(
-    (
-        "unsqueeze_",
-        "squeeze_",
-        "t_",
-        "transpose_",
-        "swapaxes_",
-        "swapdims_",
-        "resize_",
-        "resize_as_",
-    )
+RESHAPING = frozenset(
+    f"{name}_"
+    for name in ("unsqueeze", "squeeze", "t", "transpose", "swapaxes", "swapdims", "resize")
 )
 
 
@@ -43,31 +35,32 @@ class Probes:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.root = copy_with(model, lambda _, tensor: self._fake(tensor))
+        self.root = copy_with(model, lambda _, tensor: self.fake(tensor))
         self.inputs = [
             pytree.tree_map_only(Tensor, rows, dict(inputs)) for rows in self._make_rows(inputs)
         ]
 
-    def _fake(self, tensor: Tensor, num_rows: int | None = None) -> Tensor:
+    def fake(self, tensor: Tensor, num_rows: int | None = None) -> Tensor:
+        """Make a tensor of the same shape and type, perhaps with another number of rows."""
         shape = tensor.shape if num_rows is None else (num_rows, *tensor.shape[1:])
         device = "cpu" if tensor.is_meta else tensor.device
         with self.mode:
             fake = torch.empty(shape, dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        return fake
+        return fake.requires_grad_(tensor.requires_grad)
 
     def _make_rows(self, inputs: Mapping[str, Any]) -> Iterator[Callable[[Tensor], Tensor]]:
         """Yield what makes an input of each probe; next to a single row, which broadcasts, two."""
         tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
         batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
         batch = batches.most_common(1)[0][0] if batches else 0
-        yield self._fake
+        yield self.fake
         for num_rows in (batch + 1, batch + 2) if batch == 1 else (batch + 1,) if batch else ():
 
             def fake(tensor: Tensor, num_rows: int = num_rows) -> Tensor:
                 is_batch = tensor.dim() > 0 and tensor.shape[0] == batch
-                return self._fake(tensor, num_rows if is_batch else None)
+                return self.fake(tensor, num_rows if is_batch else None)
 
             yield fake
 
@@ -84,6 +77,7 @@ class Values:
         self.probes = probes
         self.run = run
         self.alive = list(range(len(probes.inputs)))
+        self.keeps_order = False  # whether a shape changes in place, so that all are run in order
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
 
     def of(self, node: fx.Node) -> list[Any] | None:
@@ -97,8 +91,8 @@ class Values:
 
     def _unknown_before(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that a node depends on, itself last, which have not been evaluated."""
-        if any(each.target in _RESHAPING for each in node.graph.nodes):
-            nodes = list(node.graph.nodes)  # then the order counts, and what does not depend on it
+        if self.keeps_order:
+            nodes = list(node.graph.nodes)
             until = nodes[: nodes.index(node) + 1]
             return [each for each in until if each not in self._known]
         order: dict[fx.Node, None] = {}
@@ -134,7 +128,8 @@ class Values:
             return known[probe]
 
         if node.op == "placeholder":
-            return self.probes.inputs[probe][str(node.target)]
+            given = self.probes.inputs[probe][str(node.target)]
+            return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.probes.root)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)

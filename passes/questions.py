@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from npas_fx.passes.guards import QUESTIONS, check_guard, describe, user_line
-from npas_fx.passes.probes import Probes, Values
+from npas_fx.passes.probes import RESHAPING, Probes, Values
 
 if TYPE_CHECKING:
     from npas_fx.passes.proxy import CapturedProxy
@@ -28,6 +28,7 @@ class Questions:
 
     def __init__(self, probes: Probes | None) -> None:
         self.is_asking = False  # code of the model may run for an answer, and not for the graph
+        self._probes = probes
         self._values = None if probes is None else Values(probes, self._run)
         self._varying: set[fx.Node] = set()  # nodes that depend on an input of the model
         self._guards: set[tuple[fx.Node, str, str]] = set()
@@ -36,11 +37,15 @@ class Questions:
         """Note a node that was added."""
         if node.op == "placeholder" or not self._varying.isdisjoint(node.all_input_nodes):
             self._varying.add(node)
+        if self._values is not None and node.target in RESHAPING:
+            self._values.keeps_order = True
 
     def forget(self, nodes: set[fx.Node]) -> None:
         """Forget nodes that were taken back."""
         self._varying -= nodes
         self._guards = {guard for guard in self._guards if guard[0] not in nodes}
+        if self._probes is not None and any(node.target in RESHAPING for node in nodes):
+            self._values = Values(self._probes, self._run)
 
     def values_of(self, node: fx.Node) -> list[Any] | None:
         """Values of a node in the probes; None where they are not known."""

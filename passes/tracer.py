@@ -18,7 +18,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
-from npas_fx.passes.call_state import attributes_set_by_calls
+from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.frame import Frame
 from npas_fx.passes.leaves import owns_nothing_shareable
@@ -321,11 +321,24 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> Any:
         """Wrap a node; what is None in all probes is None, since ``is`` cannot be asked for."""
+        proxy = CapturedProxy(node, self)
         if self._may_be_none(node):
             values = self.questions.values_of(node)
-            if values is not None and all(value is None for value in values):
+            if values is None:
+                self._refuse_none(node)
+            elif any(value is None for value in values):
+                if self.questions.ask(proxy, "is None") is UNKNOWN:
+                    raise self.refusal("whether a value is None depends on the number of rows")
                 return None
-        return CapturedProxy(node, self)
+        return proxy
+
+    def _refuse_none(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            if not module.__module__.startswith("torch.nn.") and may_return_none(module):
+                raise self.refusal(
+                    f"a {type(module).__name__} may return None, and whether it does is not known"
+                )
 
     def _may_be_none(self, node: fx.Node) -> bool:
         if self._static_type(node, assume_tensor=False) is not None:

@@ -1,6 +1,7 @@
 """Probes answer questions on shapes and types by example runs that compute nothing."""
 
 import copy
+import types
 from typing import ClassVar
 
 import pytest
@@ -66,6 +67,62 @@ def test_shapes_that_change_in_place_are_seen_in_order(change, rank, check):
     is_whole = "" in capture(model, example).leaves
     assert is_whole == (change == "squeeze_")  # what it does depends on the number of rows
     check(model, example)
+
+
+def test_what_a_failed_call_did_to_a_shape_is_undone(falls_back):
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, value):
+            value = value.unsqueeze_(0)
+            assert value.dim() > 0
+            y = self.fc(value) if value.dim() == 3 else value
+            return y if y.sum() < 1e9 else value
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turns, self.fc = Turns(), nn.Linear(4, 4)
+
+        def forward(self, value):
+            y = self.turns(value + 0)
+            return self.fc(y) if value.dim() == 2 else y
+
+    falls_back(nn.Sequential(Around()), x(), path="0.turns", match="branches on a value")
+
+
+def test_a_result_that_is_none_for_some_sizes_only(falls_back):
+    class Maybe(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.fc, self.size = nn.Linear(4, 4), size
+
+        def forward(self, value):
+            y = self.fc(value)
+            if y.sum() > 1e9:
+                return None
+            return y if value.shape[self.size[0]] > self.size[1] else None
+
+    class Around(nn.Module):
+        def __init__(self, *size):
+            super().__init__()
+            self.maybe, self.fc = Maybe(size), nn.Linear(4, 4)
+
+        def forward(self, value):
+            y = self.maybe(value[..., :4])
+            return self.fc(value[..., :4]) if y is None else y
+
+    model = nn.Sequential(Around(0, 3))  # of 3 rows it is None, of 4 it is not
+    emitted = falls_back(model, x(), path="0", match="a Maybe may return None")
+    value = torch.randn(5, 4)
+    torch.testing.assert_close(emitted(value), npas_fx.materialize(emitted)(value))
+    model[0].maybe.register_full_backward_hook(lambda *args: None)
+    model[0].maybe.forward = types.MethodType(
+        lambda self, v: self.fc(v) if v.shape[0] > 3 else None, model[0].maybe
+    )
+    falls_back(model, x(), path="0", match="is None depends on the number of rows")
 
 
 def test_nothing_is_computed_and_no_memory_is_needed():

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from quality.lists import LISTS, make_run
+from quality.lists import COEFFICIENT_LR, LISTS, MIXING, make_run
 from quality.methods import METHODS
 from quality.records import Run, write_options
 from quality.tasks import find_recipe
@@ -96,7 +96,9 @@ def test_all_results_are_trained_alike_at_rates_that_were_tried(task: str) -> No
     rates_of = defaultdict(set)
     for run in list_runs("results", task):
         assert (run.steps, run.setting) == (recipe.steps, "small")
-        assert run.option == {}
+        mixes = run.method in MIXING and run.budget != 1
+        rate = COEFFICIENT_LR.get(task) if mixes else None
+        assert run.option == ({} if rate is None else {"coefficient_lr": rate})
         method = "plain" if run.budget == 1 else run.method  # all dedicated, it is the plain one
         rates_of[method].add((run.lr, run.weight_decay))
     for method, rates in rates_of.items():
@@ -109,7 +111,7 @@ def test_all_results_are_trained_alike_at_rates_that_were_tried(task: str) -> No
 def test_each_method_has_the_same_trials(task: str) -> None:
     trials = defaultdict(list)
     for run in list_runs("trials", task):
-        trials[run.method].append((run.lr, run.weight_decay, run.seed, run.steps, run.options))
+        trials[run.method].append((run.lr, run.weight_decay, run.seed, run.steps))
     assert set(trials) == {"plain", "ours", "overparameterized", *BASELINES}
     (first, *others) = trials.values()
     assert len(first) > 1
