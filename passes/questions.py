@@ -46,6 +46,7 @@ class Questions:
         self._guards = {guard for guard in self._guards if guard[0] not in nodes}
         if self._probes is not None and any(node.target in RESHAPING for node in nodes):
             self._values = Values(self._probes, self._run)
+            self._values.keeps_order = True
 
     def values_of(self, node: fx.Node) -> list[Any] | None:
         """Values of a node in the probes; None where they are not known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ from torch import nn
 _CONTAINERS = (list, dict, set, deque)
 
 
-def note_state(module: nn.Module, arguments: Any) -> Callable[[], None]:
+def note_state(module: nn.Module, arguments: Any) -> Callable[[], bool]:
     """Note what a call of ``module`` may change; the function that is returned puts it back.
+
+    It says whether the arguments were changed.
 
     These are the attributes of the module and of those below it, the containers in them, and the
     containers among the arguments. What lies deeper in them is not noted.
     """
     parts = [(part, dict(vars(part))) for part in module.modules()]
     owned = (value for _, state in parts for value in state.values())
-    found = (*owned, *_nested(arguments))
-    containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+    given = _copies(_nested(arguments))
+    containers = (*_copies(owned), *given)
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        is_changed = any(list(value) != list(copied) for value, copied in given)
         for part, state in parts:
             vars(part).clear()
             vars(part).update(state)
@@ -33,8 +36,13 @@ def note_state(module: nn.Module, arguments: Any) -> Callable[[], None]:
             value.clear()
             extend = value.extend if isinstance(value, (list, deque)) else value.update
             extend(copied)
+        return is_changed
 
     return put_back
+
+
+def _copies(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    return [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
 
 
 def _nested(value: Any) -> Iterator[Any]:

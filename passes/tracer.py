@@ -237,8 +237,11 @@ class Tracer(fx.Tracer):
             raise
         except Exception as err:
             self.failed[path] = say_why(err)
-            undo()
+            has_changed_arguments = undo()
             random.put_back()
+            if has_changed_arguments:
+                why = f"the call of {path!r} changes a list or dict that it is given"
+                raise self.refusal(why) from err
             return self._call_leaf(m, forward, args, kwargs)
         self._frames.pop()
         if not all(value is None or isinstance(value, fx.Proxy) for value in _leaves(result)):
@@ -278,15 +281,18 @@ class Tracer(fx.Tracer):
         if self._refusal is not None:
             raise self._refusal  # the user's code caught it and went another way
 
-    def _note(self, path: str, module: nn.Module, arguments: Any) -> Callable[[], None]:
-        """Note where the trace is; the function that is returned takes it back there."""
+    def _note(self, path: str, module: nn.Module, arguments: Any) -> Callable[[], bool]:
+        """Note where the trace is; the function that is returned takes it back there.
+
+        It says whether the code has changed its arguments.
+        """
         put_back = note_state(module, arguments)
         caller, num_assigned = self._frames[-1], len(self.assigned)
         depth, num_steps, stack = len(self._frames), len(caller.steps), dict(self.module_stack)
         last = next(iter(reversed(self.graph.nodes)))
 
-        def undo() -> None:
-            put_back()
+        def undo() -> bool:
+            is_changed = put_back()
             self._refusal = None
             del self._frames[depth:], caller.steps[num_steps:], self.assigned[num_assigned:]
             for inside in [p for p in self.steps if is_inside(p, path)]:
@@ -300,6 +306,7 @@ class Tracer(fx.Tracer):
                 erased.add(node)
             self.questions.forget(erased)
             self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
+            return is_changed
 
         return undo
 

@@ -87,10 +87,11 @@ def test_what_a_failed_call_did_to_a_shape_is_undone(falls_back):
             self.turns, self.fc = Turns(), nn.Linear(4, 4)
 
         def forward(self, value):
-            y = self.turns(value + 0)
-            return self.fc(y) if value.dim() == 2 else y
+            turned = value + 0
+            y = self.turns(turned)
+            return self.fc(y) if turned.dim() == 3 else y
 
-    falls_back(nn.Sequential(Around()), x(), path="0.turns", match="branches on a value")
+    falls_back(nn.Sequential(Around()), x(), path="0", match="branches on a value")
 
 
 def test_a_result_that_is_none_for_some_sizes_only(falls_back):

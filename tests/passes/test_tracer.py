@@ -525,8 +525,37 @@ def test_the_length_of_a_batch_stays_free(check):
     check(model, x(), others=((torch.randn(5, 4),),))
 
 
+def test_a_call_that_changes_what_it_is_given_is_called_with_what_reads_it(falls_back):
+    class Notes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, notes):
+            notes.append(x.mean())
+            return self.fc(x) if x.sum() < 1e9 else x
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.notes = Notes()
+
+        def forward(self, x):
+            notes = []
+            y = self.notes(x, notes)
+            return y + notes[0] if notes else y
+
+    falls_back(nn.Sequential(Reads()), x(), path="0", match="changes a list or dict")
+
+
 def test_questions_about_weights_need_no_guard(check):
-    model = net(lambda self, x: self.run(x) if self.a.weight.shape[0] > 2 else x)
+    model = net(
+        lambda self, x: (
+            self.run(x)
+            if self.a.weight.shape[0] > 2 and (self.a.weight * 2).mT.shape[0] == 4
+            else x
+        )
+    )
     graph = capture(model, x()).graph
     assert not [node for node in graph.nodes if node.target is check_guard]
     check(model, x())
@@ -691,12 +720,14 @@ def test_a_failed_call_leaves_no_trace(falls_back):
             self.fc, self.seen, self.last = nn.Linear(4, 4), [], None
 
         def forward(self, x, notes):
-            notes.append(self.fc(x))
-            self.seen.append(x)
+            self.seen.append(self.fc(x))
             self.last = x
-            y = notes.pop() if len(self.seen) == 1 else x
+            y = self.seen[0] if len(self.seen) == 1 else x
+            assert not notes
+            if y.sum() > 1e9:
+                return x
             self.seen.clear()
-            return y if y.sum() < 1e9 else x
+            return y
 
     class Calls(nn.Module):
         def __init__(self):
@@ -708,7 +739,9 @@ def test_a_failed_call_leaves_no_trace(falls_back):
             y = self.messy(self.fc(x), notes)
             return y * (1 if not notes else 100)
 
-    captured = capture(nn.Sequential(nn.Linear(4, 4), Calls()), x())
+    model = nn.Sequential(nn.Linear(4, 4), Calls())
+    captured = capture(model, x())
     assert captured.leaves.keys() == {"1.messy"}
+    assert model[1].messy.seen == []
     operations = [node.name for node in captured.graph.nodes if node.op == "call_function"]
     assert len(operations) == 4  # linear, linear, the call, times one
