@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from quality.records import Run, write_options
 from quality.tasks import find_recipe
@@ -23,8 +24,17 @@ BASELINES_ABOVE = ("overparameterized", "one_bank", "random_groups", "ssn")
 # Of trials: seeds and, for each method, learning rates and decays, as multiples of the recipe's.
 TRIAL_SEEDS = (100, 101, 102)
 TRIAL_RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.2))
+TRIAL_SHARE = 0.3  # of the recipe's steps
+# Learning rate of coefficients, from the list of that name: of all methods that have some.
+MIXING = ("ours", "one_bank", "random_groups", "ssn")
+COEFFICIENT_LR = {"characters": 5.0}
 # Task and method -> rates that were better than the recipe's in trials, for the results.
-CHOSEN_RATES = {("characters", "plain"): (0.5, 1.0)}
+CHOSEN_RATES = {
+    **{("characters", method): (0.5, 1.0) for method in ("plain", "overparameterized", "ours")},
+    **{("characters", method): (0.5, 1.0) for method in ("shallower", "low_rank")},
+    **{("characters", method): (0.5, 1.0) for method in ("one_bank", "random_groups")},
+    ("characters", "tied_runs"): (1.0, 0.2),
+}
 
 
 def make_run(
@@ -64,7 +74,14 @@ def list_trials(task: str) -> Iterator[Run]:
     for rates in TRIAL_RATES:
         for method, budget in budget_of.items():
             yield make_run(
-                "trials", task, method, budget, TRIAL_SEEDS[0], rates=rates, share_of_steps=0.5
+                "trials",
+                task,
+                method,
+                budget,
+                TRIAL_SEEDS[0],
+                rates=rates,
+                share_of_steps=TRIAL_SHARE,
+                **_rate_of_coefficients(task, method, budget),
             )
 
 
@@ -103,7 +120,14 @@ def list_prices(task: str) -> Iterator[Run]:
     for draw in range(40):
         for budget in BELOW:
             yield make_run(
-                "prices", task, "random_plan", budget, TRIAL_SEEDS[0], share_of_steps=0.5, draw=draw
+                "prices",
+                task,
+                "random_plan",
+                budget,
+                TRIAL_SEEDS[0],
+                share_of_steps=TRIAL_SHARE,
+                draw=draw,
+                **_rate_of_coefficients(task, "ours", budget),
             )
 
 
@@ -115,7 +139,15 @@ def list_results(task: str) -> Iterator[Run]:
         for method, budget in (("plain", 1.0), *below, *above, ("ours", 1.0)):
             trained_as = "plain" if budget == 1 else method  # at 100 % ours is the plain network
             rates = CHOSEN_RATES.get((task, trained_as), (1.0, 1.0))
-            yield make_run("results", task, method, budget, seed, rates=rates, reads_test=True)
+            own = _rate_of_coefficients(task, method, budget)
+            yield make_run(
+                "results", task, method, budget, seed, rates=rates, reads_test=True, **own
+            )
+
+
+def _rate_of_coefficients(task: str, method: str, budget: float) -> dict[str, Any]:
+    has_some = method in MIXING and budget != 1  # at 100 % all is dedicated
+    return {"coefficient_lr": COEFFICIENT_LR[task]} if has_some and task in COEFFICIENT_LR else {}
 
 
 LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
