@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,10 +35,21 @@ class Probes:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.root = copy_with(model, lambda _, tensor: self.fake(tensor))
+        self.flags: dict[str, bool] = {}
+        self._model = model
         self.inputs = [
             pytree.tree_map_only(Tensor, rows, dict(inputs)) for rows in self._make_rows(inputs)
         ]
+
+    def root(self) -> nn.Module:
+        """The model without values, in the mode that ``flags`` tell; made when it is needed."""
+        for path, flag in self.flags.items():
+            self._root.get_submodule(path).training = flag
+        return self._root
+
+    @cached_property
+    def _root(self) -> nn.Module:
+        return copy_with(self._model, lambda _, tensor: self.fake(tensor))
 
     def fake(self, tensor: Tensor, num_rows: int | None = None) -> Tensor:
         """Make a tensor of the same shape and type, perhaps with another number of rows."""
@@ -79,6 +90,11 @@ class Values:
         self.alive = list(range(len(probes.inputs)))
         self.keeps_order = False  # whether a shape changes in place, so that all are run in order
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
+
+    @cached_property
+    def root(self) -> nn.Module:
+        """The model without values, in the mode of this trace."""
+        return self.probes.root()
 
     def of(self, node: fx.Node) -> list[Any] | None:
         """Values of a node, one for each probe; None where they are not known."""
@@ -131,11 +147,11 @@ class Values:
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.probes.root)
+            return operator.attrgetter(str(node.target))(self.root)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         with self.probes.mode:
             if node.op == "call_module":
-                return self.probes.root.get_submodule(str(node.target))(*args, **kwargs)
+                return self.root.get_submodule(str(node.target))(*args, **kwargs)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)

@@ -41,8 +41,7 @@ def trace_mode(
             the next one.
     """
     if probes is not None:
-        for path, module in work.named_modules():
-            probes.root.get_submodule(path).training = module.training
+        probes.flags = {path: module.training for path, module in work.named_modules()}
     before = _state(work)
     trace = _trace_once(work, call, leaves, exposed, probes)
     left = _state(work)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.nn.functional import multi_head_attention_forward
 
 from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
@@ -341,18 +342,21 @@ class Tracer(fx.Tracer):
 
     def _refuse_none(self, node: fx.Node) -> None:
         if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            if not module.__module__.startswith("torch.nn.") and may_return_none(module):
-                raise self.refusal(
-                    f"a {type(module).__name__} may return None, and whether it does is not known"
-                )
+            kind = type(self.root.get_submodule(str(node.target))).__name__
+            raise self.refusal(f"a {kind} may return None, and whether it does is not known")
 
     def _may_be_none(self, node: fx.Node) -> bool:
+        """Whether a value could be None: a result of a module or a part of it, or of an input."""
         if self._static_type(node, assume_tensor=False) is not None:
             return False
         if node.op == "call_module":
-            return True
-        return node.op == "call_function" and node.target in (operator.getitem, getattr)
+            module = self.root.get_submodule(str(node.target))
+            return not module.__module__.startswith("torch.nn.") and may_return_none(module)
+        source = node
+        while source.op == "call_function" and source.target in (operator.getitem, getattr):
+            source = source.all_input_nodes[0]
+        is_given = source.op in ("call_module", "placeholder")
+        return node is not source and (is_given or source.target is multi_head_attention_forward)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
