@@ -243,7 +243,14 @@ def test_every_family_has_a_short_model():
     assert SHORT.keys() == zoo.ZOO.keys()
 
 
-@pytest.mark.parametrize("name", SHORT)
+# Others are of their kind: a bottleneck, gates, a stream of several sizes.
+NIGHTLY = ("resnet50", "regnety_002", "hrnet_w18_small", "mobilenetv3_small_100")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY)) for name in SHORT],
+)
 def test_timm_with_few_layers(name):
     found = compare(in_float64(Example(SHORT[name], zoo.ZOO[name].draw)))
     assert found.is_whole
