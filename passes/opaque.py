@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -34,25 +35,43 @@ def call_opaque(
 
 @contextmanager
 def lend(leaf: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Put weights into the slots of a module's parameters, for as long as it is needed."""
-    is_compiling = torch.compiler.is_compiling()
+    """Put weights into the slots of a module's parameters, for as long as it is needed.
+
+    Another thread that calls the same module waits: there is one slot for each weight.
+    """
+    if torch.compiler.is_compiling():
+        with _fill(leaf, names, weights):
+            yield
+        return
+    with _lock_of(leaf), _without_checkpoints():
+        try:
+            with _fill(leaf, names, weights):
+                forget_weights(leaf)
+                yield
+        finally:
+            forget_weights(leaf)
+
+
+@contextmanager
+def _fill(leaf: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> Iterator[None]:
     split = [name.rpartition(".") for name in names]
     slots = [(leaf.get_submodule(owner)._parameters, name) for owner, _, name in split]
     owned = [slot[name] for slot, name in slots]
     for (slot, name), weight in zip(slots, weights, strict=True):
         slot[name] = weight  # type: ignore[assignment]
     try:
-        if is_compiling:
-            yield
-        else:
-            forget_weights(leaf)
-            with _without_checkpoints():
-                yield
+        yield
     finally:
         for (slot, name), own in zip(slots, owned, strict=True):
             slot[name] = own
-        if not is_compiling:
-            forget_weights(leaf)
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def _lock_of(leaf: nn.Module) -> threading.RLock:
+    with _lock:
+        return _locks.setdefault(leaf, threading.RLock())
 
 
 def handed_in(leaf: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -230,3 +231,43 @@ def test_emptying_and_filling():
         assert torch.equal(got, expected)
         moved.to(torch.float64)
         copy.deepcopy(moved)
+
+
+def test_threads_that_call_one_module_do_not_see_each_other_s_weights():
+    model = body(lambda self, y: self.linear(y).relu(), linear=nn.Linear(4, 4))
+    emitted = npas_fx.transform(model, 0.7, example_inputs=x()).eval()
+    values = [x() for _ in range(8)]
+    with torch.no_grad():
+        expected = [emitted(value) for value in values]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(20):
+                got = list(pool.map(emitted, values))
+                assert all(map(torch.equal, got, expected))
+    assert emitted.get_submodule("1.linear").weight is None
+
+
+def test_a_thread_waits_for_the_slots_of_the_other():
+    inside, leave = threading.Event(), threading.Event()
+
+    class Waits(nn.Linear):
+        def forward(self, value):
+            inside.set()
+            leave.wait(10)
+            return super().forward(value)
+
+    waits, value = Waits(4, 4), x()
+    weights = torch.randn(4, 4), torch.randn(4, 4)
+    results = {}
+
+    def run(k):
+        results[k] = call_opaque(waits, ("weight",), (weights[k],), (value,), {})
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in (0, 1)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    leave.set()
+    for thread in threads:
+        thread.join()
+    for k in (0, 1):
+        assert torch.equal(results[k], nn.functional.linear(value, weights[k], waits.bias))
