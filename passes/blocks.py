@@ -167,6 +167,8 @@ def _describe(node: fx.Node, root: nn.Module) -> Any:
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         value = getattr(root.get_submodule(owner), name, None)
+        if isinstance(value, nn.Module):  # that an opaque call calls
+            return [_describe_module(part) for part in value.modules()]
         return _describe_tensor(value) if isinstance(value, Tensor) else type(value).__name__
     if node.op == "call_module":
         return [_describe_module(part) for part in root.get_submodule(str(node.target)).modules()]

@@ -18,7 +18,16 @@ from npas_fx.passes.skeleton import copy_with
 # Methods that change the shape of a tensor in place.
 RESHAPING = frozenset(
     f"{name}_"
-    for name in ("unsqueeze", "squeeze", "t", "transpose", "swapaxes", "swapdims", "resize")
+    for name in (
+        "unsqueeze",
+        "squeeze",
+        "t",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "resize",
+        "resize_as",
+    )
 )
 
 

@@ -111,8 +111,8 @@ class Repeats:
 class Opaque:
     """A module with weights that is called as it is, not traced into.
 
-    Its weights are sites like all others, but what it does with them is not known: they have the
-    role ``other``, and no part of a repeated block.
+    Its weights are sites like all others, but what it does with them is not known: where there are
+    several, they have the role ``other``.
 
     Attributes:
         path: of the module, the root as an empty string.

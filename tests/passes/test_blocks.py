@@ -221,3 +221,17 @@ def test_blocks_of_real_networks(name, expected):
     with torch.device("meta"):
         model = ZOO[name].make()
     assert [repeats.paths for repeats in repeats_of(model)] == expected
+
+
+def test_opaque_calls_of_other_settings_are_other_blocks():
+    class Block(nn.Module):
+        def __init__(self, heads):
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(8, heads), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(self.attention(x, x, x)[0])
+
+    for heads, number in (((2, 2), 1), ((2, 4), 0)):
+        captured = capture(nn.Sequential(*map(Block, heads)))
+        assert len(captured.inventory.repeats) == number

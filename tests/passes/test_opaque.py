@@ -31,6 +31,21 @@ class Branching(nn.Module):
         return self.run(self, self.own(x))
 
 
+class Waits(nn.Linear):
+    """Waits inside its call until it may leave."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.inside, self.leave = threading.Event(), threading.Event()
+        self.num_calls = 0
+
+    def forward(self, value):
+        self.num_calls += 1
+        self.inside.set()
+        self.leave.wait(10)
+        return super().forward(value)
+
+
 def body(run, **parts):
     return nn.Sequential(nn.Linear(4, 4), Branching(run, **parts), nn.Linear(4, 4))
 
@@ -117,25 +132,17 @@ def test_checkpoints_outside_work_as_before():
     linear = nn.Linear(4, 4)
     calls = []
     linear.register_forward_pre_hook(lambda *args: calls.append(1))
-    inside, leave = threading.Event(), threading.Event()
-
-    class Waits(nn.Linear):
-        def forward(self, value):
-            inside.set()
-            leave.wait(10)
-            return super().forward(value)
-
-    waits = Waits(4, 4)
+    waits = Waits()
     thread = threading.Thread(
         target=call_opaque, args=(waits, ("weight",), (torch.randn(4, 4),), (x(),), {})
     )
     thread.start()
-    assert inside.wait(10)
+    assert waits.inside.wait(10)
     for reentrant in (False, True):
         calls.clear()
         checkpoint(linear, x().requires_grad_(), use_reentrant=reentrant).sum().backward()
         assert len(calls) == 2  # forward, and again in backward
-    leave.set()
+    waits.leave.set()
     thread.join()
     checkpoint(linear, x().requires_grad_(), use_reentrant=False).sum().backward()
     assert len(calls) == 4
@@ -247,15 +254,7 @@ def test_threads_that_call_one_module_do_not_see_each_other_s_weights():
 
 
 def test_a_thread_waits_for_the_slots_of_the_other():
-    inside, leave = threading.Event(), threading.Event()
-
-    class Waits(nn.Linear):
-        def forward(self, value):
-            inside.set()
-            leave.wait(10)
-            return super().forward(value)
-
-    waits, value = Waits(4, 4), x()
+    waits, value = Waits(), x()
     weights = torch.randn(4, 4), torch.randn(4, 4)
     results = {}
 
@@ -264,9 +263,11 @@ def test_a_thread_waits_for_the_slots_of_the_other():
 
     threads = [threading.Thread(target=run, args=(k,)) for k in (0, 1)]
     threads[0].start()
-    assert inside.wait(10)
+    assert waits.inside.wait(10)
     threads[1].start()
-    leave.set()
+    threads[1].join(0.2)
+    assert waits.num_calls == 1
+    waits.leave.set()
     for thread in threads:
         thread.join()
     for k in (0, 1):

@@ -522,3 +522,4 @@ def test_modules_that_stay_calls_are_layers_too():
     found = roles(Tagger())
     assert found["middle"] == "residual_writer"
     assert found["last"] == "head"
+    assert found["attention.in_proj_weight"] == found["attention.out_proj"] == "other"

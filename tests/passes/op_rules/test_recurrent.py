@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import npas_fx
 from npas_fx.passes.lower import lower
-from npas_fx.passes.op_rules.recurrent import recurrent
 
 
 @st.composite
@@ -110,10 +109,3 @@ def test_compiling_breaks_where_the_module_does():
     emitted = npas_fx.transform(model, 0.4, example_inputs=value).eval()
     compiled = torch.compile(copy.deepcopy(emitted), backend="aot_eager")
     torch.testing.assert_close(compiled(value), emitted(value))
-
-
-def test_half_of_a_state_is_an_error_of_torch():
-    settings = ("LSTM", 4, 0, 1, False, 0.0, False, False)
-    half = (torch.zeros(1, 3, 4),)
-    with pytest.raises((RuntimeError, ValueError, TypeError)):
-        recurrent(torch.randn(2, 3, 4), half, [torch.randn(16, 4)] * 2, settings, False)
