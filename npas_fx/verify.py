@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import CaptureError, VerificationError
 from npas_fx.passes.call import as_tuple
 from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import copy_with
 
 # Of the largest entry: outputs, gradients.
@@ -126,14 +129,14 @@ def _copy_with_noise(shared: EmittedModule, noise: float, seed: int) -> EmittedM
     residual branch, a scale of 1e-6, the head of an MLP-Mixer.
     """
     copied = copy.deepcopy(shared)
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     banks = f"{emission_of(shared).banks}."
     with torch.no_grad():
         for name, parameter in copied.named_parameters():
             if not noise or not parameter.is_floating_point() or name.startswith(banks):
                 continue
             if parameter.dim() < 2 or parameter.float().std(correction=0) < CONSTANT:
-                drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float32)
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.add_((noise * drawn).to(parameter))
     return copied
 
@@ -166,8 +169,14 @@ def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dic
     """Output, and gradients of all trainable parameters of the owner."""
     parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
+        random_state = RandomState()
         torch.manual_seed(seed)
-        output = call()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            output = call()
+        finally:
+            random_state.put_back()
         total = sum(
             ((leaf.float() if leaf.dtype.itemsize < 4 else leaf) * _weight(leaf)).sum()
             for _, leaf in _leaves(output)

@@ -24,6 +24,9 @@ class CallSignature:
         signature: of the bound ``forward``; the emitted module has the same.
         constants: flat argument name -> the value that it must have.
         types: flat argument name -> the type that it must have, for inputs where it is known.
+        omitted: names of the arguments that are left at their defaults.
+        num_positional: how many of the named arguments are given by position; the others are given
+            by name, since a decorator of ``forward`` may tell the two apart.
         num_varargs: how many positional arguments went into ``*args``.
         varkwargs: names that went into ``**kwargs``.
     """
@@ -31,6 +34,8 @@ class CallSignature:
     signature: inspect.Signature
     constants: Mapping[str, Any]
     types: Mapping[str, type] = field(default_factory=dict)
+    omitted: frozenset[str] = frozenset()
+    num_positional: int = 0
     num_varargs: int = 0
     varkwargs: tuple[str, ...] = ()
 
@@ -55,15 +60,15 @@ class CallSignature:
         def value(name: str) -> Any:
             return self.constants[name] if name in self.constants else values[name]
 
-        for parameter in self.signature.parameters.values():
+        for place, parameter in enumerate(self.signature.parameters.values()):
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args += [value(f"{parameter.name}_{k}") for k in range(self.num_varargs)]
             elif parameter.kind is parameter.VAR_KEYWORD:
                 kwargs.update({name: value(name) for name in self.varkwargs})
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = value(parameter.name)
-            else:
+            elif place < self.num_positional:
                 args.append(value(parameter.name))
+            elif parameter.name not in self.omitted:
+                kwargs[parameter.name] = value(parameter.name)
         return args, kwargs
 
     def describe(self) -> dict[str, Any]:
@@ -112,13 +117,21 @@ def read_call(
             for name, parameter in parameters.items()
             if parameter.default is not parameter.empty
         }
-        return CallSignature(signature=signature, constants=defaults)
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = [p for name, p in parameters.items() if name not in defaults]
+        return CallSignature(
+            signature=signature,
+            constants=defaults,
+            omitted=frozenset(defaults),
+            num_positional=sum(parameter.kind in by_place for parameter in required),
+        )
     try:
         bound = signature.bind(*as_tuple(example_inputs), **(example_kwargs or {}))
     except TypeError as err:
         raise CaptureError(f"the example inputs do not fit forward{signature}: {err}") from err
     constants: dict[str, Any] = {}
     types: dict[str, type] = {}
+    omitted: list[str] = []
     num_varargs, varkwargs = 0, ()
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -132,12 +145,15 @@ def read_call(
         else:
             given = {}
             constants[name] = parameter.default
+            omitted.append(name)
         constants.update({key: item for key, item in given.items() if isinstance(item, _CONSTANTS)})
         types.update({key: _kind(item) for key, item in given.items() if key not in constants})
     return CallSignature(
         signature=signature,
         constants=constants,
         types=types,
+        omitted=frozenset(omitted),
+        num_positional=len(as_tuple(example_inputs)) - num_varargs,
         num_varargs=num_varargs,
         varkwargs=varkwargs,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dis
+import inspect
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType
@@ -17,6 +20,24 @@ def attributes_set_by_calls(module: nn.Module) -> frozenset[str]:
     kind: type = type(module)
     names = _stored(kind)
     return names | _stored_by(own.__code__) if isinstance(own, FunctionType) else names
+
+
+_CHANGING = frozenset(
+    (
+        *("append", "appendleft", "extend", "insert", "pop", "popleft", "popitem", "remove"),
+        *("clear", "add", "discard", "update", "setdefault", "__setitem__", "setattr"),
+    )
+)
+
+
+def may_keep_state(module: nn.Module) -> bool:
+    """Whether a call of ``module`` or of a part of it may leave something for the next one.
+
+    Buffers do not count. That a call stores under a key counts where it does so in an attribute.
+    """
+    parts = [part for part in module.modules() if not part.__module__.startswith("torch.nn.")]
+    kinds: list[type] = [type(part) for part in parts]
+    return any(map(attributes_set_by_calls, parts)) or any(map(_changes_containers, kinds))
 
 
 def may_return_none(module: nn.Module) -> bool:
@@ -36,6 +57,33 @@ def may_return_none(module: nn.Module) -> bool:
 @cache
 def _stored(kind: Any) -> frozenset[str]:
     """Names that ``forward``, and the methods that it calls, assign."""
+    return frozenset(name for code in _reached(kind) for name in _stored_by(code))
+
+
+@cache
+def _changes_containers(kind: Any) -> bool:
+    """Whether ``forward``, or a method that it calls, changes a list or dict, as far as is seen."""
+    names = {name for code in _reached(kind) for one in _nested(code) for name in one.co_names}
+    return not _CHANGING.isdisjoint(names) or any(map(_stores_items, _reached(kind)))
+
+
+def _stores_items(code: CodeType) -> bool:
+    """Whether code has something like ``self.cache[key] = value``; ``x[mask] = 0`` is none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return True  # not to be seen
+    return any(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, (ast.Store, ast.Del))
+        and not isinstance(node.value, ast.Name)
+        for node in ast.walk(tree)
+    )
+
+
+@cache
+def _reached(kind: Any) -> tuple[CodeType, ...]:
+    """The code of ``forward``, and of the methods that it calls."""
     methods = {
         name: function.__code__
         for base in reversed(kind.__mro__)
@@ -49,7 +97,7 @@ def _stored(kind: Any) -> frozenset[str]:
         if name in methods and name not in reached:
             reached.add(name)
             waiting += [called for code in _nested(methods[name]) for called in code.co_names]
-    return frozenset(stored for name in reached for stored in _stored_by(methods[name]))
+    return tuple(methods[name] for name in sorted(reached))
 
 
 def _stored_by(code: CodeType) -> frozenset[str]:

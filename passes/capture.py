@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,13 +13,32 @@ from torch import Tensor, fx, nn
 from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
 from npas_fx.passes.call import CallSignature, flatten_example, read_call
-from npas_fx.passes.inventory import take_inventory
+from npas_fx.passes.call_state import may_keep_state
+from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
-from npas_fx.passes.modes import differing_modules, merge_modes
+from npas_fx.passes.modes import merge_modes
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.refuse_models import refuse_models
 from npas_fx.passes.skeleton import make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
+from npas_fx.passes.tracer import Trace, no_trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeGraph:
+    """The graph of a model in one mode, or in any.
+
+    Attributes:
+        graph: every weight that could be generated is read by a ``get_attr`` node.
+        flags: module path -> the training flag that the graph was traced for; empty where it reads
+            the flags itself.
+        leaves: path of each module that the graph calls -> why it is called, not traced; with the
+            root (``""``) among them, the graph is one call of the model's own ``forward``.
+    """
+
+    graph: fx.Graph
+    flags: Mapping[str, bool]
+    leaves: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,21 +46,31 @@ class Capture:
     """A captured model.
 
     Attributes:
-        graph: every weight that could be generated is read by a ``get_attr`` node.
-        inventory: its sites, and all that stays with the reason.
-        call: the arguments that the graph was captured for.
-        leaves: path of each module that the graph calls -> why it is called, not traced; with the
-            root (``""``) among them, the model's own ``forward`` runs and the graph is empty.
-        constants: path -> a tensor that the graph reads, but is no parameter or buffer.
+        modes: one graph for both modes; or two, of train mode and of eval mode, where these differ
+            in more than constants.
+        trace: training flags -> the graph with them, where there are two and neither is meant.
+        inventory: the sites, and all that stays with the reason.
+        call: the arguments that the graphs were captured for.
+        constants: path -> a tensor that a graph reads, but is no parameter or buffer.
         skeleton: the model without its values, on the meta device.
     """
 
-    graph: fx.Graph
+    modes: tuple[ModeGraph, ...]
+    trace: Callable[[Mapping[str, bool]], ModeGraph]
     inventory: Inventory
     call: CallSignature
-    leaves: Mapping[str, str]
     constants: Mapping[str, Tensor]
     skeleton: nn.Module
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of both modes; of train mode, where there are two."""
+        return self.modes[0].graph
+
+    @property
+    def leaves(self) -> Mapping[str, str]:
+        """Path of each module that some graph calls -> why it is called, not traced."""
+        return _all_leaves(self.modes)
 
     def report(self) -> dict[str, Any]:
         """What was captured, as plain data; a saved module refuses a model whose report differs."""
@@ -66,9 +95,9 @@ def capture(
 ) -> Capture:
     """Turn a model into a graph and an inventory; the model is not run and not changed.
 
-    Train mode and eval mode are both traced. Where they differ in constants only, the graph reads
-    the flag of the owning module; where they differ in structure, or cannot be traced, the smallest
-    such module stays a call, and is handed its weights; in the extreme the whole model does.
+    Train mode and eval mode are both traced. Where they differ in constants only, one graph reads
+    the flag of the owning module; where they differ in more, each has its own. A module that cannot
+    be traced stays a call, and is handed its weights; in the extreme the whole model does.
 
     Args:
         model: any module; it may be on the meta device.
@@ -83,7 +112,7 @@ def capture(
     call = read_call(model, example_inputs, example_kwargs)
     probes = make_probes(model, call, example_inputs, example_kwargs)
     reasons: dict[str, str] = {}
-    while "" not in reasons:
+    while True:
         try:
             return _capture_with(model, skeleton, call, reasons, probes)
         except UntraceableError as err:
@@ -91,7 +120,6 @@ def capture(
                 while path in reasons:  # it is a call already: then what is around it has to be
                     path = path.rpartition(".")[0]
                 reasons[path] = reason
-    return _keep_whole(skeleton, model, call, reasons[""])
 
 
 def _capture_with(
@@ -104,48 +132,93 @@ def _capture_with(
     """Capture a model, parts of which stay calls.
 
     Raises:
-        UntraceableError: further parts have to.
+        UntraceableError: further parts have to, in both modes.
     """
-    work = make_skeleton(skeleton)  # a fresh copy: tracing may leave traced values on the modules
+    work = make_skeleton(skeleton)  # a fresh copy: tracing leaves traced values on the modules
     exposed = _expose_tensors(work)
-    trace = partial(
-        trace_mode, work, call=call, leaves=frozenset(reasons), exposed=exposed, probes=probes
-    )
-    work.train(True)
-    train = trace()
-    work.train(False)
-    evaluate = trace()
-    failed = {**train.failed, **evaluate.failed}
-    if train.failed.keys() != evaluate.failed.keys():
-        raise UntraceableError(failed)
-    differing = differing_modules(train, evaluate)
-    if differing:
-        why = "code that differs between train and eval mode"
-        raise UntraceableError({**failed, **dict.fromkeys(differing, why)})
 
-    def trace_with(flags: Mapping[str, bool]) -> fx.Graph:
-        work.train(True)
+    def trace(flags: Mapping[str, bool], is_training: bool = True) -> Trace:
+        if "" in reasons:
+            return no_trace(reasons[""])
+        work.train(is_training)
         for path, flag in flags.items():
             work.get_submodule(path).training = flag
-        mixed = trace()
-        if mixed.failed.keys() != failed.keys():
-            raise UntraceableError({**failed, **mixed.failed})
-        return mixed.graph
+        return trace_mode(work, call, frozenset(reasons), exposed, probes)
 
-    merged = merge_modes(train, evaluate, trace_with)
+    def make_graph(trace: Trace, graph: fx.Graph, flags: Mapping[str, bool]) -> ModeGraph:
+        whys = {**reasons, **trace.failed}
+        if "" in whys:
+            return ModeGraph(graph=_call_whole(skeleton, call), flags=flags, leaves={"": whys[""]})
+        graph, leaves = lower(graph, skeleton)
+        leaves.update({path: whys[path] for path in leaves.keys() & whys.keys()})
+        return ModeGraph(graph=graph, flags=flags, leaves=leaves)
+
+    train, evaluate = trace({}), trace({}, is_training=False)
+    _refuse_states(train, evaluate, skeleton)
+    asked = sorted({"", *train.asked_training, *evaluate.asked_training})
+    modes: tuple[ModeGraph, ...]
+    merged = merge_modes(train, evaluate, trace)
+    if merged is not None:
+        modes = (make_graph(train, merged, {}),)
+    else:
+        modes = tuple(
+            make_graph(mode, mode.graph, {path: mode.flags[path] for path in asked})
+            for mode in (train, evaluate)
+        )
+
+    def trace_mixture(flags: Mapping[str, bool]) -> ModeGraph:
+        mixed = trace(flags)
+        made = make_graph(mixed, mixed.graph, flags)
+        further = {path: why for path, why in made.leaves.items() if path not in leaves}
+        if not mixed.asked_training <= flags.keys():
+            further[""] = "it depends on the mode of further modules"
+        if further:
+            raise UntraceableError(further)
+        return made
+
+    leaves = _all_leaves(modes)
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
-    call = replace(call, types={**call.types, **assumed})
-    graph, leaves = lower(merged, skeleton)
-    whys = {**reasons, **failed}
-    leaves.update({path: whys[path] for path in leaves.keys() & whys.keys()})
+    graphs = [mode.graph for mode in sorted(modes, key=partial(_num_opaque, skeleton))]
     return Capture(
-        graph=graph,
-        inventory=take_inventory(graph, leaves, skeleton, model),
-        call=call,
-        leaves=leaves,
-        constants=_find_constants(graph, work, skeleton),
+        modes=modes,
+        trace=trace_mixture,
+        inventory=take_inventory(graphs, leaves, skeleton, model),
+        call=replace(call, types={**call.types, **assumed}),
+        constants={
+            path: constant
+            for mode in modes
+            for path, constant in _find_constants(mode.graph, work, skeleton).items()
+        },
         skeleton=skeleton,
     )
+
+
+def _refuse_states(train: Trace, evaluate: Trace, skeleton: nn.Module) -> None:
+    """Refuse to trace, in one mode, what may read there what a call of the other mode has left.
+
+    Raises:
+        UntraceableError: with the modules that have to be calls in both modes.
+    """
+    failed = {**train.failed, **evaluate.failed}
+    in_one = train.failed.keys() ^ evaluate.failed.keys()
+    keeping = {path for path in in_one if may_keep_state(skeleton.get_submodule(path))}
+    if keeping:
+        raise UntraceableError({path: failed[path] for path in keeping})
+
+
+def _all_leaves(modes: Sequence[ModeGraph]) -> dict[str, str]:
+    """Path of each module that is a call -> why, and in which mode if not in both."""
+    leaves = {path: why for mode in modes for path, why in mode.leaves.items()}
+    for path, why in leaves.items():
+        inside = [path in mode.leaves for mode in modes]
+        if not all(inside):
+            leaves[path] = f"{why} (in {'train' if inside[0] else 'eval'} mode only)"
+    return leaves
+
+
+def _num_opaque(skeleton: nn.Module, mode: ModeGraph) -> int:
+    """How many parameters stand in modules that the graph calls."""
+    return sum(opaque.numel for opaque in list_opaque(mode.leaves, skeleton))
 
 
 def make_probes(
@@ -157,18 +230,15 @@ def make_probes(
     return Probes(model, flatten_example(call, example_inputs, example_kwargs))
 
 
-def _keep_whole(skeleton: nn.Module, model: nn.Module, call: CallSignature, reason: str) -> Capture:
-    """Capture a model whose own ``forward`` is called, with weights that are handed in."""
-    graph, leaves = fx.Graph(), {"": reason}
+def _call_whole(skeleton: nn.Module, call: CallSignature) -> fx.Graph:
+    """Write the graph of a model whose own ``forward`` is called, with weights handed in."""
+    graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in call.names]
     name_of = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     graph.output(
         hand_in(graph, skeleton, lambda p: graph.get_attr(name_of[id(p)]), None, inputs, {})
     )
-    inventory = take_inventory(graph, leaves, skeleton, model)
-    return Capture(
-        graph=graph, inventory=inventory, call=call, leaves=leaves, constants={}, skeleton=skeleton
-    )
+    return graph
 
 
 def _expose_tensors(work: nn.Module) -> frozenset[str]:

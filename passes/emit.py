@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from npas_fx.banks import Bank
+from npas_fx.errors import GuardError, RewriteError, UntraceableError
 from npas_fx.ir import Plan
-from npas_fx.passes.call import CallSignature, make_forward
-from npas_fx.passes.capture import Capture
+from npas_fx.passes.call import make_forward
+from npas_fx.passes.capture import Capture, ModeGraph
 from npas_fx.passes.opaque import empty_slots, lend
 from npas_fx.passes.pipeline import rewrite
 
@@ -27,14 +29,12 @@ class Emission:
 
     Attributes:
         plan: which banks it has.
-        graph: what it runs.
-        capture: what its graph was made from.
+        capture: what it was made from.
         banks: name of the submodule that holds the banks.
         bank_of: name of a shared site -> its bank's name in there and its place in the bank.
     """
 
     plan: Plan
-    graph: fx.Graph
     capture: Capture
     banks: str
     bank_of: Mapping[str, tuple[str, int]]
@@ -111,14 +111,21 @@ def emit(
         for place, site in enumerate(bank.sites)
     }
     sites_of = {f"{prefix}.{name}": b.sites for name, b in zip(names, shared, strict=True)}
+    names_of = {
+        site.name: (site.name, *site.aliases)
+        for site in capture.inventory.sites
+        if site.name in bank_of
+    }
+    read = {str(n.target) for m in capture.modes for n in m.graph.nodes if n.op == "get_attr"}
+    for site in sorted(bank_of.keys() - read):
+        raise RewriteError(f"{site} of bank {bank_of[site][0]} is not read in any graph")
+    generated = frozenset(name for names in names_of.values() for name in names)
+    forward = _make_forward(capture, sites_of, type(store), names_of)
     if "" in capture.leaves:
-        names_of = {site.name: (site.name, *site.aliases) for site in capture.inventory.sites}
-        graph = capture.graph
-        module = _keep_forward(store, {site: names_of[site] for site in bank_of})
+        module = _keep_class(store, forward)
+        empty_slots(module, sorted(generated))
     else:
-        graph = rewrite(capture.graph, sites_of)
-        generated = _all_names(capture, bank_of)
-        module = _new_module(type(store).__name__, graph, capture.call)
+        module = _new_module(type(store).__name__, forward)
         _mirror(store, "", module, capture.leaves, generated, {})
     for path, constant in capture.constants.items():
         owner, _, name = path.rpartition(".")
@@ -126,26 +133,65 @@ def emit(
     if banks:
         module.add_module(prefix, nn.ModuleDict(banks))
         module.get_submodule(prefix).train(store.training)
-    emission = Emission(plan=plan, graph=graph, capture=capture, banks=prefix, bank_of=bank_of)
+    emission = Emission(plan=plan, capture=capture, banks=prefix, bank_of=bank_of)
     vars(module)[_STATE] = emission
     if not hasattr(module, "plan"):
         vars(module)["plan"] = plan
     return module
 
 
-def _all_names(capture: Capture, bank_of: Mapping[str, Any]) -> frozenset[str]:
-    sites = [site for site in capture.inventory.sites if site.name in bank_of]
-    return frozenset(name for site in sites for name in (site.name, *site.aliases))
-
-
-def _keep_forward(store: nn.Module, names_of: Mapping[str, Sequence[str]]) -> EmittedModule:
-    """Make an emitted module of a model whose own ``forward`` runs, with generated weights.
+def _make_forward(
+    capture: Capture,
+    sites_of: Mapping[str, Sequence[str]],
+    kind: type[nn.Module],
+    names_of: Mapping[str, Sequence[str]],
+) -> Callable[..., Any]:
+    """Make ``forward``: of the graph of both modes, or of that of the mode at each call.
 
     Args:
-        store: becomes the emitted module.
+        capture: of the model.
+        sites_of: bank path -> the site names that it generates, in the bank's order.
+        kind: class of the model.
         names_of: name of each generated weight -> all names that it has in the model.
     """
-    kind = type(store)
+
+    def write(mode: ModeGraph) -> Callable[..., Any]:
+        if "" in mode.leaves:
+            return _lend_all(kind, names_of) if names_of else kind.forward
+        filename = f"<npas_fx graph {next(_SOURCES)} of {kind.__name__}>"
+        return make_forward(capture.call, rewrite(mode.graph, sites_of), filename)
+
+    if len(capture.modes) == 1:
+        return write(capture.modes[0])
+    paths = list(capture.modes[0].flags)
+    code_of = {tuple(mode.flags.values()): write(mode) for mode in capture.modes}
+
+    def forward(self: EmittedModule, *args: Any, **kwargs: Any) -> Any:
+        now = tuple([self.get_submodule(path).training for path in paths])
+        if now not in code_of:  # a mixture of the two modes
+            code_of[now] = write(_trace_mixture(capture, dict(zip(paths, now, strict=True))))
+        return code_of[now](self, *args, **kwargs)
+
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [first, *capture.call.signature.parameters.values()]
+    vars(forward)["__signature__"] = capture.call.signature.replace(parameters=parameters)
+    return forward
+
+
+def _trace_mixture(capture: Capture, flags: Mapping[str, bool]) -> ModeGraph:
+    try:
+        return capture.trace(flags)
+    except UntraceableError as err:
+        odd = [path or "the model" for path, flag in flags.items() if flag is not flags[""]]
+        raise GuardError(
+            f"the model's code differs between train and eval mode, and {', '.join(odd[:3])} "
+            f"is not in the mode of the model, which cannot be traced ({err}); call train() or "
+            "eval() of the model"
+        ) from err
+
+
+def _lend_all(kind: type[nn.Module], names_of: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
+    """Make a ``forward`` that runs the one of the model's class, with generated weights."""
 
     def forward(self: EmittedModule, *args: Any, **kwargs: Any) -> Any:
         emission = emission_of(self)
@@ -159,16 +205,20 @@ def _keep_forward(store: nn.Module, names_of: Mapping[str, Sequence[str]]) -> Em
         with lend(self, names, weights):
             return kind.forward(self, *args, **kwargs)
 
-    members = {"__module__": __name__, "forward": forward if names_of else kind.forward}
+    return forward
+
+
+def _keep_class(store: nn.Module, forward: Callable[..., Any]) -> EmittedModule:
+    """Make an emitted module of the model itself, which goes on as an instance of its class."""
+    kind = type(store)
+    members = {"__module__": __name__, "forward": forward}
     store.__class__ = type(f"Shared{kind.__name__}", (EmittedModule, kind), members)
     assert isinstance(store, EmittedModule)
-    empty_slots(store, [name for names in names_of.values() for name in names])
     return store
 
 
-def _new_module(name: str, graph: fx.Graph, call: CallSignature) -> EmittedModule:
-    filename = f"<npas_fx graph {next(_SOURCES)} of {name}>"
-    members = {"forward": make_forward(call, graph, filename), "__module__": __name__}
+def _new_module(name: str, forward: Callable[..., Any]) -> EmittedModule:
+    members = {"forward": forward, "__module__": __name__}
     kind = type(f"Shared{name}", (EmittedModule,), members)
     module: EmittedModule = kind()
     return module

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from npas_fx.passes.op_rules.attention import attention
 from npas_fx.passes.op_rules.recurrent import recurrent
 
 KINDS: dict[Any, str] = {
@@ -23,6 +24,7 @@ KINDS: dict[Any, str] = {
     functional.conv_transpose2d: "conv",
     functional.conv_transpose3d: "conv",
     recurrent: "recurrent",
+    attention: "attention projection",
 }
 _QUESTIONS = ("device", "dtype", "shape", "ndim", "is_cuda")
 _SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride")

@@ -8,8 +8,6 @@ from operator import getitem
 
 from torch import fx
 
-from npas_fx.errors import RewriteError
-
 
 def generate_weights(graph: fx.Graph, sites_of: Mapping[str, Sequence[str]]) -> fx.Graph:
     """Replace all reads of shared weights by one call for each bank.
@@ -20,8 +18,7 @@ def generate_weights(graph: fx.Graph, sites_of: Mapping[str, Sequence[str]]) -> 
         graph: in which every weight is read by ``get_attr``; it is not changed.
         sites_of: bank path -> the site names that it generates, in the bank's order.
 
-    Raises:
-        RewriteError: a site is not read in ``graph``.
+    A site may be read in the graph of another mode only.
     """
     graph = copy.deepcopy(graph)
     reads: dict[str, list[fx.Node]] = {}
@@ -31,18 +28,18 @@ def generate_weights(graph: fx.Graph, sites_of: Mapping[str, Sequence[str]]) -> 
     body = next(node for node in graph.nodes if node.op != "placeholder")
     replaced: list[fx.Node] = []
     for bank, sites in sites_of.items():
-        missing = [site for site in sites if site not in reads]
-        if missing:
-            raise RewriteError(f"{missing[0]} of bank {bank} is not read in the graph")
+        read = [(k, site) for k, site in enumerate(sites) if site in reads]
+        if not read:
+            continue
         with graph.inserting_before(body):
             weights = graph.call_module(bank)
-            items = [graph.call_function(getitem, (weights, k)) for k in range(len(sites))]
-        for site, weight in zip(sites, items, strict=True):
+            items = [graph.call_function(getitem, (weights, k)) for k, _ in read]
+        for (_, site), weight in zip(read, items, strict=True):
             weight.meta = dict(reads[site][0].meta)
-            for read in reads[site]:
-                read.replace_all_uses_with(weight)
+            for node in reads[site]:
+                node.replace_all_uses_with(weight)
             replaced += reads[site]
-    for read in replaced:  # last: `body` may be one of them
-        graph.erase_node(read)
+    for node in replaced:  # last: `body` may be one of them
+        graph.erase_node(node)
     graph.lint()
     return graph

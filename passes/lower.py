@@ -81,7 +81,8 @@ def _apply_rule(
         return Refusal(f"{type(module).__name__} with a {own}")
 
     def read_name(name: str) -> fx.Node | None:
-        parameter = module._parameters.get(name)
+        owner, _, attribute = name.rpartition(".")
+        parameter = module.get_submodule(owner)._parameters.get(attribute)
         return None if parameter is None else read(parameter)
 
     return rule(graph, call, module, read_name)

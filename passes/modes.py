@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from npas_fx.errors import UntraceableError
-from npas_fx.passes.flag_patterns import is_inside, mode_patterns, number_each, number_rivals
+from npas_fx.passes.flag_patterns import mode_patterns, number_each, number_rivals
 from npas_fx.passes.tracer import Trace
 
 Mixed: TypeAlias = Sequence[tuple[Mapping[str, bool], fx.Graph]]
@@ -21,30 +21,9 @@ def choose(is_training: bool, train_value: Any, eval_value: Any) -> Any:
     return train_value if is_training else eval_value
 
 
-def differing_modules(train: Trace, evaluate: Trace) -> tuple[str, ...]:
-    """Find the smallest modules whose own code differs in structure between the modes.
-
-    Returns:
-        Their paths, the root as ``""``; empty when the modes differ in constants at most.
-    """
-    differing = [
-        path
-        for path in train.steps.keys() & evaluate.steps.keys()
-        if train.steps[path] != evaluate.steps[path]
-    ]
-    # A parent may differ just because of what its child returned: the child comes first.
-    return tuple(
-        sorted(
-            path
-            for path in differing
-            if not any(is_inside(other, path) for other in differing if other != path)
-        )
-    )
-
-
 def merge_modes(
-    train: Trace, evaluate: Trace, trace_with: Callable[[Mapping[str, bool]], fx.Graph]
-) -> fx.Graph:
+    train: Trace, evaluate: Trace, trace_with: Callable[[Mapping[str, bool]], Trace]
+) -> fx.Graph | None:
     """Merge two graphs that differ in constants only: these read the flag of the owning module.
 
     Before ``dropout(x, p=0.1, training=True)``; after ``flag = get_attr[block.training]``,
@@ -57,29 +36,44 @@ def merge_modes(
     Args:
         train: the trace of train mode.
         evaluate: the trace of eval mode.
-        trace_with: training flags of the modules whose flag was read -> the graph with them.
+        trace_with: training flags of the modules whose flag was read -> the trace with them.
 
-    Raises:
-        UntraceableError: the graphs differ in more than constants, or a constant depends on the
-            flags of more than one module.
+    Returns:
+        The graph; None where the modes differ in more than constants, or a constant depends on the
+        flags of more than one module.
     """
+    if train.failed.keys() != evaluate.failed.keys() or train.steps != evaluate.steps:
+        return None
     if str(train.graph) == str(evaluate.graph):
         return copy.deepcopy(train.graph)
+    with suppress(UntraceableError):
+        return _merge_constants(train, evaluate, trace_with)
+    return None
+
+
+def _merge_constants(
+    train: Trace, evaluate: Trace, trace_with: Callable[[Mapping[str, bool]], Trace]
+) -> fx.Graph:
     if len(train.graph.nodes) != len(evaluate.graph.nodes):
         raise UntraceableError({"": "train and eval mode differ in their number of operations"})
+
+    def trace_mixed(flags: Mapping[str, bool]) -> tuple[Mapping[str, bool], fx.Graph]:
+        mixed = trace_with(flags)
+        if mixed.failed.keys() != train.failed.keys():
+            raise UntraceableError({"": "train and eval mode differ in what can be traced"})
+        return flags, mixed.graph
+
     asked = train.asked_training | evaluate.asked_training
     nearby = [
         train.flags_before[a] | evaluate.flags_before[b]
         for a, b in zip(train.graph.nodes, evaluate.graph.nodes, strict=True)
     ]
-    mixed = [
-        (flags, trace_with(flags)) for flags in mode_patterns(number_rivals(asked, set(nearby)))
-    ]
+    mixed = [trace_mixed(flags) for flags in mode_patterns(number_rivals(asked, set(nearby)))]
     with suppress(UntraceableError):
         return _merge(train.graph, evaluate.graph, mixed, nearby)
     # With no flag set, what still keeps its value in train mode follows none.
     patterns = [dict.fromkeys(asked, False), *mode_patterns(number_each(asked))]
-    mixed += [(flags, trace_with(flags)) for flags in patterns]
+    mixed += [trace_mixed(flags) for flags in patterns]
     return _merge(train.graph, evaluate.graph, mixed, [asked] * len(nearby))
 
 

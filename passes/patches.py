@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import BusyError
-from npas_fx.passes.proxy import IN_PLACE_FUNCTIONS, CapturedProxy
+from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
@@ -57,6 +58,8 @@ def patches(tracer: Tracer) -> Iterator[None]:
 def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     for name in FACTORIES:
         yield torch, name, _recorded(tracer, getattr(torch, name))
+    for name in ("finfo", "iinfo"):
+        yield torch, name, _recorded_if_traced(tracer, getattr(torch, name))
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
     yield torch, "is_tensor", _is_tensor
@@ -74,6 +77,15 @@ def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]
         if not tracer.is_tracing():  # in a data loader's thread, say
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    return record
+
+
+def _recorded_if_traced(tracer: Tracer, kind: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        if any(_plain_isinstance(arg, CapturedProxy) for arg in args):
+            return tracer.create_proxy("call_function", kind, args, {})
+        return kind(*args)
 
     return record
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from npas_fx.passes.skeleton import copy_with
+from npas_fx.passes.rollback import RandomState
+from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
 # Methods that change the shape of a tensor in place.
 RESHAPING = frozenset(
@@ -46,9 +50,12 @@ class Probes:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.flags: dict[str, bool] = {}
         self._model = model
-        self.inputs = [
-            pytree.tree_map_only(Tensor, rows, dict(inputs)) for rows in self._make_rows(inputs)
-        ]
+        self._example = dict(inputs)
+        tensors = [v for v in pytree.tree_leaves(self._example) if isinstance(v, Tensor)]
+        batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
+        self._batch = batches.most_common(1)[0][0] if batches else 0
+        self._rows = _choose_rows(self._batch)
+        self.inputs = [pytree.tree_map_only(Tensor, self._faker(n), inputs) for n in self._rows]
 
     def root(self) -> nn.Module:
         """The model without values, in the mode that ``flags`` tell; made when it is needed."""
@@ -70,19 +77,51 @@ class Probes:
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
 
-    def _make_rows(self, inputs: Mapping[str, Any]) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield what makes an input of each probe; next to a single row, which broadcasts, two."""
-        tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
-        batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
-        batch = batches.most_common(1)[0][0] if batches else 0
-        yield self.fake
-        for num_rows in (batch + 1, batch + 2) if batch == 1 else (batch + 1,) if batch else ():
+    def _faker(self, num_rows: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: self.fake(tensor, num_rows if self._is_batch(tensor) else None)
 
-            def fake(tensor: Tensor, num_rows: int = num_rows) -> Tensor:
-                is_batch = tensor.dim() > 0 and tensor.shape[0] == batch
-                return self.fake(tensor, num_rows if is_batch else None)
+    def _is_batch(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == self._batch
 
-            yield fake
+    def real_root(self) -> nn.Module | None:
+        """A copy of the model with its values, in the mode that ``flags`` tell, if it has some."""
+        if any(tensor.is_meta for _, tensor in named_tensors(self._model)):
+            return None
+        root = copy_with(self._model, lambda _, tensor: clone(tensor))
+        for path, flag in self.flags.items():
+            root.get_submodule(path).training = flag
+        return root
+
+    def real_inputs(self, probe: int) -> dict[str, Any]:
+        """The inputs of a probe with values: rows of the example, some of them twice."""
+        rows = torch.arange(self._rows[probe]) % max(self._batch, 1)
+
+        def real(tensor: Tensor) -> Tensor:
+            copied = tensor.detach().clone()
+            return copied[rows.to(tensor.device)] if self._is_batch(tensor) else copied
+
+        return {
+            name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
+            for name, value in self._example.items()
+        }
+
+
+def _choose_rows(batch: int) -> tuple[int, ...]:
+    """The number of rows of each probe; next to a single row, which broadcasts, two others."""
+    if batch == 1:
+        return 1, 2, 3
+    return (batch, batch + 1) if batch else (0,)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging, as errors, that an operation does not fit a probe."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 class Values:
@@ -98,6 +137,8 @@ class Values:
         self.run = run
         self.alive = list(range(len(probes.inputs)))
         self.keeps_order = False  # whether a shape changes in place, so that all are run in order
+        self.real = RealValues(probes, run)
+        self.of_data: set[fx.Node] = set()  # nodes whose value or shape may depend on data
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
 
     @cached_property
@@ -139,12 +180,23 @@ class Values:
         known = {}
         for probe in list(self.alive):
             try:
-                known[probe] = self.run(partial(self._compute, node, probe))
+                with _quiet():
+                    known[probe] = self.run(partial(self._compute, node, probe))
             except Exception:  # it needs values, or another number of rows does not fit the model
-                if probe == self.alive[0]:
-                    return None
-                self.alive.remove(probe)
+                try:
+                    known[probe] = self.run(partial(self._compute_from_data, node, probe))
+                except Exception:
+                    if probe == self.alive[0]:
+                        return None
+                    self.alive.remove(probe)
+                else:
+                    self.of_data.add(node)
+        if not self.of_data.isdisjoint(node.all_input_nodes) and not _asks_kind(node):
+            self.of_data.add(node)
         return known
+
+    def _compute_from_data(self, node: fx.Node, probe: int) -> Any:
+        return pytree.tree_map_only(Tensor, self.probes.fake, self.real.of(node, probe))
 
     def _compute(self, node: fx.Node, probe: int) -> Any:
         def read(source: fx.Node) -> Any:
@@ -155,13 +207,73 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         with self.probes.mode:
-            if node.op == "call_module":
-                return self.root.get_submodule(str(node.target))(*args, **kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
+            return _run_node(node, self.root, read)
+
+
+class RealValues:
+    """The values that the nodes of one trace really have, by running a copy of the model.
+
+    Args:
+        probes: of the model that is traced.
+        run: runs a function while nothing is recorded.
+    """
+
+    def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any]) -> None:
+        self.probes = probes
+        self.run = run
+        self._known: dict[int, dict[fx.Node, Any]] = {}
+        self._roots: dict[int, nn.Module | None] = {}
+
+    def forget(self) -> None:
+        """Forget what was run: some of it was taken back."""
+        self._known.clear()
+        self._roots.clear()
+
+    def of(self, node: fx.Node, probe: int) -> Any:
+        """The value of a node; all nodes before it run in order, since they may change tensors.
+
+        Raises:
+            Exception: whatever the model raises.
+        """
+        return self.run(partial(self._run_until, node, probe))
+
+    @torch.no_grad()
+    def _run_until(self, node: fx.Node, probe: int) -> Any:
+        if probe not in self._roots:
+            self._roots[probe] = self.probes.real_root()
+            self._known[probe] = {}
+        root, known = self._roots[probe], self._known[probe]
+        if root is None:
+            raise ValueError("the model has no values")
+        inputs = self.probes.real_inputs(probe)
+        random = RandomState()
+        try:
+            for each in node.graph.nodes:
+                if each.op == "placeholder":
+                    known.setdefault(each, inputs.get(str(each.target)))
+                elif each not in known:
+                    known[each] = _run_node(each, root, known.__getitem__)
+                if each is node:
+                    break
+        finally:
+            random.put_back()
+        return known[node]
+
+
+def _asks_kind(node: fx.Node) -> bool:
+    """Whether an operation asks a tensor for what does not depend on its data nor on its size."""
+    kinds = ("ndim", "dtype", "device", "layout")
+    return node.target == "dim" or (node.target is getattr and node.args[1] in kinds)
+
+
+def _run_node(node: fx.Node, root: nn.Module, read: Callable[[fx.Node], Any]) -> Any:
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(root)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

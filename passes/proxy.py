@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 from npas_fx.passes.questions import UNKNOWN
 
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
-
-_IN_PLACE = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
-IN_PLACE_FUNCTIONS = frozenset(getattr(operator, name) for name in _IN_PLACE)
 
 _LEN = len  # while tracing, the name stands for a patch
 _OWN_FIELDS = frozenset({"node", "tracer", "_known"})
@@ -174,5 +169,5 @@ def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-for _name in _IN_PLACE:
-    setattr(CapturedProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+for _function in IN_PLACE_FUNCTIONS:
+    setattr(CapturedProxy, f"__{_function.__name__}__", _in_place(_function))

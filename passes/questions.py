@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from npas_fx.passes.guards import QUESTIONS, check_guard, describe, user_line
 from npas_fx.passes.probes import RESHAPING, Probes, Values
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from npas_fx.passes.proxy import CapturedProxy
 
 UNKNOWN: Any = object()
+# What is asked of a value that depends on data, and yet does not.
+_OF_STRUCTURE = ("is None", "len")
 _ANSWERS = (bool, int, float, str, tuple, torch.dtype, torch.device, torch.layout, type(None))
 
 
@@ -43,6 +45,8 @@ class Questions:
     def forget(self, nodes: set[fx.Node]) -> None:
         """Forget nodes that were taken back."""
         self._varying -= nodes
+        if self._values is not None:
+            self._values.real.forget()
         self._guards = {guard for guard in self._guards if guard[0] not in nodes}
         if self._probes is not None and any(node.target in RESHAPING for node in nodes):
             self._values = Values(self._probes, self._run)
@@ -51,6 +55,10 @@ class Questions:
     def values_of(self, node: fx.Node) -> list[Any] | None:
         """Values of a node in the probes; None where they are not known."""
         return None if self._values is None else self._values.of(node)
+
+    def depends_on_data(self, node: fx.Node) -> bool:
+        """Whether a value is known from real data only, of which others may give another one."""
+        return self._values is not None and node in self._values.of_data
 
     def ask(self, proxy: CapturedProxy, question: str) -> Any:
         """Answer a question about a value if all probes agree, with a guard where it may vary.
@@ -62,6 +70,10 @@ class Questions:
         values = self.values_of(node)
         if values is None:
             return UNKNOWN
+        if self.depends_on_data(node) and (
+            question not in _OF_STRUCTURE or any(isinstance(value, Tensor) for value in values)
+        ):
+            return UNKNOWN  # another batch of data may have another answer
         try:
             answers = [self._run(partial(QUESTIONS[question], value)) for value in values]
         except Exception:  # of a tensor, whose values are not known; or the user's own mistake

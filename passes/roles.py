@@ -15,11 +15,13 @@ import torch
 from torch import fx
 
 from npas_fx.passes.flow import KINDS, Flow
+from npas_fx.passes.op_rules.attention import attention
 from npas_fx.passes.opaque import call_opaque
 
 _SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
 _SUMS |= {"add", "add_", "sub", "sub_"}
 _CATS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+SEVERAL = (call_opaque, attention)  # operations that may apply several weights
 _ORDER = ("embedding", "linear", "conv", "attention projection", "recurrent", "raw")
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
@@ -103,15 +105,15 @@ def find_parts(
 
 def _kind(flow: Flow, name: str, of_owner: str | None) -> str:
     kinds = {
-        of_owner if of_owner and node.target is call_opaque else KINDS.get(node.target, "raw")
+        of_owner if of_owner and node.target in SEVERAL else KINDS.get(node.target, "raw")
         for node in flow.uses_of[name]
     }
     return min(kinds, key=_ORDER.index, default="raw")
 
 
 def _place(flow: Flow, use: fx.Node, name: str) -> int:
-    """Place of a weight among those that an opaque call applies."""
-    return flow.weights_of[use].index(name) if use.target is call_opaque else 0
+    """Place of a weight among those that an operation applies."""
+    return flow.weights_of[use].index(name) if use.target in SEVERAL else 0
 
 
 def _is_vector(shape: Sequence[int], reads: Sequence[fx.Node], kind: str) -> bool:
@@ -170,10 +172,10 @@ class _Structure:
         self._note_split_projections()
 
     def num_steps(self, node: fx.Node) -> int:
-        """Count the weights that an opaque call applies, one after the other for all we know."""
+        """Count the weights that an operation applies, one after the other for all we know."""
         if node not in self.applied:
             return 0
-        return len(self.flow.weights_of[node]) if node.target is call_opaque else 1
+        return len(self.flow.weights_of[node]) if node.target in SEVERAL else 1
 
     def _add_event(self, node: fx.Node) -> None:
         self.bit[node] = self.last[node] = 1 << len(self.events)

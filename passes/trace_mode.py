@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from npas_fx.errors import BusyError, UntraceableError
+from npas_fx.errors import UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.leaves import MODULE_FIELDS
 from npas_fx.passes.probes import Probes
-from npas_fx.passes.say_why import say_why
+from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.purity import is_pure
+from npas_fx.passes.rollback import note_state
 from npas_fx.passes.tracer import Trace, Tracer
 
 _CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors that it finds
@@ -42,13 +45,29 @@ def trace_mode(
     """
     if probes is not None:
         probes.flags = {path: module.training for path, module in work.named_modules()}
+    put_back = note_state(work, ())
+    try:
+        return _trace_twice(work, lambda: Tracer(call, leaves, exposed, probes).trace_mode(work))
+    finally:
+        constants = {k: v for k, v in vars(work).items() if k.startswith(_CONSTANT)}
+        put_back()
+        vars(work).update(constants)
+
+
+def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
+    """Trace, and where a call leaves something behind see that it makes no difference."""
+    owned = {id(module): _copy_attributes(module) for module in work.modules()}
     before = _state(work)
-    trace = _trace_once(work, call, leaves, exposed, probes)
+    trace = trace_once()
+    if "" in trace.failed:
+        return trace
+    for module in work.modules():
+        _forget_pure(module, owned[id(module)])
     left = _state(work)
     if left == before:
         return trace
     # What a call leaves on its modules is harmless only where no later call reads it.
-    again = _trace_once(work, call, leaves, exposed, probes)
+    again = trace_once()
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
     now = _state(work)
@@ -66,6 +85,26 @@ def trace_mode(
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
     return trace
+
+
+def _copy_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: dict(v) if type(v) is dict else v for k, v in vars(module).items()}
+
+
+def _forget_pure(module: nn.Module, owned: Mapping[str, Any]) -> None:
+    """Take what the trace has left on a module, if it is made of weights alone, away again.
+
+    Such a cache only saves work: a call that finds it empty makes the same again.
+    """
+    for name, value in list(vars(module).items()):
+        if isinstance(value, CapturedProxy) and is_pure(value.node):
+            vars(module).pop(name)
+            vars(module).update({name: owned[name]} if name in owned else {})
+        if type(value) is dict and name not in MODULE_FIELDS and type(owned.get(name)) is dict:
+            for key, item in list(value.items()):
+                if isinstance(item, CapturedProxy) and is_pure(item.node):
+                    value.pop(key)
+                    value.update({key: owned[name][key]} if key in owned[name] else {})
 
 
 def _reader(graph: fx.Graph, constants: Collection[tuple[str, str]]) -> str:
@@ -88,21 +127,6 @@ def _first_difference(one: fx.Graph, other: fx.Graph) -> str:
             stack = list(node.meta.get("nn_module_stack", {}).values())
             return stack[-1][0] if stack else ""
     return ""
-
-
-def _trace_once(
-    work: nn.Module,
-    call: CallSignature,
-    leaves: frozenset[str],
-    exposed: frozenset[str],
-    probes: Probes | None,
-) -> Trace:
-    try:
-        return Tracer(call, leaves, exposed, probes).trace_mode(work)
-    except (BusyError, UntraceableError):
-        raise
-    except Exception as err:
-        raise UntraceableError({"": say_why(err)}) from err
 
 
 def _state(root: nn.Module) -> dict[tuple[str, str], object]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -23,6 +24,7 @@ from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.frame import Frame
 from npas_fx.passes.leaves import owns_nothing_shareable
+from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
@@ -41,12 +43,14 @@ class Trace:
 
     Attributes:
         graph: with the modules of torch.nn as calls.
-        failed: path of each module that could not be traced, and is a call as well -> why.
+        failed: path of each module that could not be traced, and is a call as well -> why; with the
+            root (``""``) among them the graph is empty.
         steps: module path -> what its own forward does, calls of submodules being one step each;
             without constants, so that two modes that differ in these only have equal steps.
         asked_training: paths of the modules whose ``training`` flag was read.
         flags_before: node -> those of them that were read so that the node could depend on it: by
             the calls that the node is in, or by a call that gave them a constant.
+        flags: module path -> its training flag in this mode.
         assumed_tensors: inputs that were taken for tensors when the model's code asked.
     """
 
@@ -55,7 +59,22 @@ class Trace:
     steps: Mapping[str, Sequence[Any]]
     asked_training: frozenset[str]
     flags_before: Mapping[fx.Node, frozenset[str]]
+    flags: Mapping[str, bool]
     assumed_tensors: frozenset[str]
+
+
+def no_trace(why: str) -> Trace:
+    """What a trace gives where the root cannot be traced."""
+    nothing = frozenset[str]()
+    return Trace(
+        graph=fx.Graph(),
+        failed={"": why},
+        steps={},
+        asked_training=nothing,
+        flags_before={},
+        flags={},
+        assumed_tensors=nothing,
+    )
 
 
 class Tracer(fx.Tracer):
@@ -100,6 +119,8 @@ class Tracer(fx.Tracer):
         self._state: tuple[Any, ...] = ()
         self._refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
+        self._has_returned = False  # the root, so that what it gave is no longer changed
+        self._objects: dict[int, fx.Node | None] = {}
 
     def trace_mode(self, root: nn.Module) -> Trace:
         """Trace ``root`` as it is now; it may be left with traced values in its attributes."""
@@ -115,6 +136,10 @@ class Tracer(fx.Tracer):
             with patches(self):
                 graph = self.trace(root)
             self._check(random)
+        except (BusyError, UntraceableError):
+            raise
+        except Exception as err:
+            graph, self.failed, self.steps = fx.Graph(), {"": say_why(err)}, {}
         finally:
             random.put_back()
         if hand_overs := self._find_hand_overs():
@@ -125,6 +150,7 @@ class Tracer(fx.Tracer):
             steps=self.steps,
             asked_training=frozenset(self.asked_training),
             flags_before=self.flags_before,
+            flags={path: module.training for path, module in root.named_modules()},
             assumed_tensors=frozenset(self.assumed_tensors),
         )
 
@@ -194,7 +220,9 @@ class Tracer(fx.Tracer):
 
         def call_root(root: nn.Module) -> Any:
             args, kwargs = self.signature.rebuild(proxies)
-            return root.forward(*args, **kwargs)
+            result = root.forward(*args, **kwargs)
+            self._has_returned = True
+            return result
 
         return call_root, [self.root]
 
@@ -332,9 +360,9 @@ class Tracer(fx.Tracer):
         proxy = CapturedProxy(node, self)
         if self._may_be_none(node):
             values = self.questions.values_of(node)
-            if values is None:
+            if values is None or self.questions.depends_on_data(node):
                 self._refuse_none(node)
-            elif any(value is None for value in values):
+            if values is not None and any(value is None for value in values):
                 if self.questions.ask(proxy, "is None") is UNKNOWN:
                     raise self.refusal("whether a value is None depends on the number of rows")
                 return None
@@ -410,6 +438,10 @@ class Tracer(fx.Tracer):
             )
         if isinstance(a, (dict, list)) and type(a) not in _PLAIN_CONTAINERS:
             return self._create_container(a)
+        if isinstance(a, np.generic):
+            return a.item()
+        if self._has_returned and is_plain_object(a):
+            return self._create_object(a)
         try:
             if isinstance(a, torch.Generator):  # a copy of it would draw other numbers
                 raise NotImplementedError
@@ -419,6 +451,19 @@ class Tracer(fx.Tracer):
                 f"forward hands a {type(a).__name__} to a traced operation, which a graph cannot "
                 "carry; put the operation into a module without weights of its own"
             ) from err
+
+    def _create_object(self, a: object) -> fx.Node:
+        """Add a node that makes an object of the user's own class, such as a key-value cache."""
+        if id(a) not in self._objects:
+            self._objects[id(a)] = None
+            fixed = {k: v for k, v in vars(a).items() if isinstance(v, FIXED)}
+            varying = {k: self.create_arg(v) for k, v in vars(a).items() if k not in fixed}
+            make = RemakeObject(type(a), fixed)
+            self._objects[id(a)] = self.create_node("call_function", make, (varying,), {})
+        node = self._objects[id(a)]
+        if node is None:
+            raise self.refusal(f"forward returns a {type(a).__name__} that contains itself")
+        return node
 
     def _create_container(self, a: dict[Any, Any] | list[Any]) -> fx.Node:
         """Add a node that makes a container of the user's own class, which a dict is not."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+_FINFO, _IINFO = torch.finfo, torch.iinfo  # while tracing, the names stand for patches
 _BUILTIN = (type(torch.add), type(Tensor.add), type(operator.add))
 _SEVERAL_OUTPUTS = (
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss),
@@ -82,5 +83,7 @@ def _function_type(target: Any, made: Sequence[type | None]) -> type | None:
             return Tensor
         is_whole = target in (operator.add, operator.sub, operator.mul, operator.floordiv)
         return int if is_whole and set(made) == {int} else None
+    if target in (_FINFO, _IINFO):
+        return target  # type: ignore[no-any-return]
     is_torch = module.split(".")[0] == "torch" or isinstance(target, _BUILTIN)
     return Tensor if is_torch and target.__name__ not in _UNKNOWN else None

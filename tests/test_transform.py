@@ -497,7 +497,7 @@ def test_float_rounding_of_shares():
     assert BudgetSpec(0.5).of(make()) > 0
 
 
-def test_a_model_whose_own_forward_depends_on_the_mode_is_called_as_a_whole(tmp_path):
+def test_a_model_whose_own_forward_depends_on_the_mode(tmp_path):
     class TwoWays(nn.Module):
         def __init__(self):
             super().__init__()
@@ -512,8 +512,7 @@ def test_a_model_whose_own_forward_depends_on_the_mode_is_called_as_a_whole(tmp_
     assert [torch.equal(*pair) for pair in zip(shared(x), model(x), strict=True)] == [True, True]
     shared = npas_fx.transform(model, 0.8, example_inputs=x)
     assert count_trainable(shared) == int(0.8 * count_trainable(model))
-    assert isinstance(shared, TwoWays)
-    assert shared.head.weight is None
+    assert not hasattr(shared.head, "weight")
     npas_fx.save(shared, tmp_path)
     others = (copy.deepcopy(shared), npas_fx.materialize(shared), npas_fx.load(tmp_path, TwoWays()))
     for other in others:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from npas_fx.passes.op_rules.attention import lower_attention
 from npas_fx.passes.op_rules.conv import lower_conv
 from npas_fx.passes.op_rules.conv_transpose import lower_conv_transpose
 from npas_fx.passes.op_rules.embedding import lower_embedding
@@ -22,6 +23,7 @@ OP_RULES: Mapping[type[nn.Module], Rule] = {
     nn.ConvTranspose2d: lower_conv_transpose,
     nn.ConvTranspose3d: lower_conv_transpose,
     nn.Embedding: lower_embedding,
+    nn.MultiheadAttention: lower_attention,
     nn.LSTM: lower_recurrent,
     nn.GRU: lower_recurrent,
     nn.RNN: lower_recurrent,

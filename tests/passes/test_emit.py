@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import npas_fx
-from npas_fx.passes.emit import choose_bank_name, emission_of
+from npas_fx.build import build_banks
+from npas_fx.passes.capture import capture
+from npas_fx.passes.emit import choose_bank_name, emission_of, emit
+from npas_fx.planning import resolve_generators
 
 
 class Model(nn.Module):
@@ -50,6 +53,18 @@ def test_names_of_what_is_kept_and_of_the_banks():
     assert sum(p.numel() for p in emitted.parameters()) == emitted.plan.parameters
     assert not any(tensor.is_meta for tensor in (*emitted.parameters(), *emitted.buffers()))
     assert emitted.again is emitted.blocks.get_submodule("1")
+
+
+def test_a_site_that_no_graph_reads_is_refused():
+    model = Model()
+    captured = capture(model, torch.randn(4, 8))
+    plan = npas_fx.plan(model, 0.5, example_inputs=torch.randn(4, 8), solver="greedy")
+    banks = build_banks(plan, captured.inventory, resolve_generators(None))
+    name = next(bank.sites[0] for bank in plan.banks if not bank.is_dedicated)
+    for node in [n for n in captured.graph.nodes if n.target == name]:
+        node.target = "norm.weight"
+    with pytest.raises(npas_fx.RewriteError, match=f"{name} of bank bank0 is not read"):
+        emit(captured, plan, model, banks)
 
 
 def test_copies_are_bit_equal_and_apart():

@@ -2,12 +2,10 @@
 
 import operator
 
-import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from npas_fx.errors import RewriteError
 from npas_fx.passes.generate_weights import generate_weights
 from npas_fx.passes.pipeline import rewrite
 
@@ -76,6 +74,7 @@ def test_nothing_to_do_gives_an_equal_graph():
     assert str(new) == str(graph)
 
 
-def test_a_site_that_is_not_read_is_refused():
-    with pytest.raises(RewriteError, match=r"c of bank banks\.0 is not read"):
-        generate_weights(graph_of_two(), {"banks.0": ("a", "c")})
+def test_what_is_read_in_another_graph_only_is_left_out():
+    new = generate_weights(graph_of_two(), {"banks.0": ("c", "a"), "banks.1": ("d",)})
+    assert [n.target for n in new.nodes if n.op == "call_module"] == ["banks.0"]
+    assert [n.args[1] for n in new.nodes if n.target is operator.getitem] == [1]

@@ -1,6 +1,9 @@
-"""Constants that differ between the modes read the flag that decides; structure makes a leaf."""
+"""Constants that differ between the modes read the flag that decides; structure has two graphs."""
 
+import copy
+import inspect
 import operator
+import random
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
+from npas_fx.passes.emit import emission_of
 from npas_fx.passes.skeleton import copy_with
 from npas_fx.passes.tracer import Tracer
 
@@ -130,12 +134,14 @@ def test_a_flag_of_another_module_may_be_read(check, same):
     partially(model, emitted, "block", same, (torch.randn(5, 4),))
 
 
-def test_a_constant_of_two_flags_makes_a_call(falls_back):
+def test_a_constant_of_two_flags_has_a_graph_for_each_mixture(check, same):
     model = run(
         lambda self, x: F.dropout(self.block(x), 0.5, self.training and self.block.training),
         block=Block(),
     )
-    falls_back(model, torch.randn(3, 4), match="training flags of several modules")
+    assert len(capture(model, torch.randn(3, 4)).modes) == 2
+    emitted = check(model, torch.randn(3, 4))
+    partially(model, emitted, "block", same, (torch.randn(5, 4),))
 
 
 @pytest.fixture
@@ -246,7 +252,7 @@ def test_what_train_itself_sets_keeps_the_mode_of_the_innermost_module(check, sa
 
 
 @pytest.mark.parametrize("combine", [operator.and_, operator.or_, operator.xor], ids=str)
-def test_a_constant_of_the_flags_of_parent_and_child_makes_a_call(combine, falls_back):
+def test_a_constant_of_the_flags_of_parent_and_child(combine, check, same):
     class Child(nn.Module):
         def __init__(self):
             super().__init__()
@@ -257,7 +263,9 @@ def test_a_constant_of_the_flags_of_parent_and_child_makes_a_call(combine, falls
             return F.dropout(F.dropout(self.fc(x), 0.1, own), 0.5, combine(own, flag))
 
     model = run(lambda self, x: self.child(x, self.training), child=Child())
-    falls_back(model, torch.randn(3, 4), path="child", match="flags of several modules")
+    assert len(capture(model, torch.randn(3, 4)).modes) == 2
+    emitted = check(model, torch.randn(3, 4))
+    partially(model, emitted, "child", same, (torch.randn(5, 4),))
 
 
 def test_probabilities_that_depend_on_the_mode(check, same):
@@ -269,25 +277,31 @@ def test_probabilities_that_depend_on_the_mode(check, same):
     assert len(sites(emitted)) == 1
 
 
-def test_a_branching_module_is_a_leaf_and_its_neighbours_are_shared(check):
+def test_a_branching_module_has_two_graphs_and_is_no_leaf(check, same):
     body = nn.Sequential(nn.Linear(4, 4), Branch(), nn.Linear(4, 4))
     model = run(lambda self, x: self.body(x), body=body)
     captured = capture(model)
-    reason = "code that differs between train and eval mode"
-    assert captured.leaves["body.1"] == reason
+    assert [mode.flags["body.1"] for mode in captured.modes] == [True, False]
+    assert not captured.leaves
     weights = {"body.0.weight", "body.2.weight", "body.1.fc.weight", "body.1.extra.weight"}
     assert {site.name for site in captured.inventory.sites} == weights
-    check(model, torch.randn(3, 4))
+    assert {site.kind for site in captured.inventory.sites} == {"linear"}
+    emitted = check(model, torch.randn(3, 4))
+    for path in ("body.1", "body"):
+        partially(model, emitted, path, same, (torch.randn(5, 4),))
+    assert inspect.signature(emitted.forward) == inspect.signature(model.forward)
 
 
-def test_two_branching_modules_at_different_depths(check):
+def test_two_branching_modules_at_different_depths(check, same):
     inner = nn.Sequential(Branch(), nn.Linear(4, 4), Skip())
     model = run(lambda self, x: self.skip(self.inner(x)), inner=inner, skip=Skip())
     captured = capture(model)
-    assert captured.leaves.keys() == {"inner.0", "inner.2", "skip"}
+    assert not captured.leaves
     weights = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     assert {site.name for site in captured.inventory.sites} == weights
-    check(model, torch.randn(3, 4))
+    emitted = check(model, torch.randn(3, 4))
+    for path in ("inner.0", "inner.2", "skip"):
+        partially(model, emitted, path, same, (torch.randn(5, 4),))
 
 
 def test_drop_path_is_a_module_call(check, same):
@@ -298,13 +312,162 @@ def test_drop_path_is_a_module_call(check, same):
     partially(model, emitted, "body.1", same, (torch.randn(8, 4),))
 
 
-def test_a_root_that_branches_stays_a_call_as_a_whole(falls_back):
+def test_a_root_that_branches_is_traced_twice(check):
     def forward(self, x):
         return self.fc(x) if self.training else x
 
     model = run(forward, fc=nn.Linear(4, 4))
-    emitted = falls_back(model, torch.randn(3, 4), match="differs between train and eval mode")
+    emitted = check(model, torch.randn(3, 4))
+    assert not capture(model).leaves
     assert sites(emitted) == {"fc.weight"}
+
+
+class LayerDrop(nn.Module):
+    """Leaves out layers by chance, in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not (self.training and random.random() < 0.5):
+                x = layer(x)
+        return x
+
+
+def test_what_cannot_be_traced_in_train_mode_is_a_call_in_train_mode_only(check, same):
+    model = nn.Sequential(nn.Linear(4, 4), LayerDrop())
+    captured = capture(model, torch.randn(3, 4))
+    assert [set(mode.leaves) for mode in captured.modes] == [{"1"}, set()]
+    (opaque,) = captured.inventory.opaque
+    assert opaque.reason.endswith("(in train mode only)")
+    assert {site.kind for site in captured.inventory.sites} == {"linear"}
+    emitted = check(model, torch.randn(3, 4))
+    partially(model, emitted, "1", same, (torch.randn(5, 4),))
+
+
+def test_a_root_that_cannot_be_traced_in_one_mode(check):
+    for model in (LayerDrop(), run(lambda self, x: self.drops(x), drops=LayerDrop())):
+        emitted = check(model, torch.randn(3, 4))
+        assert len(emission_of(emitted).capture.modes) == 2
+    root = check(LayerDrop(), torch.randn(3, 4))
+    assert isinstance(root, LayerDrop)
+    npas_fx.materialize(root)
+    copy.deepcopy(root)(torch.randn(3, 4))
+
+
+def test_eval_mode_does_not_keep_what_a_call_in_train_mode_changes():
+    """Neither as an attribute nor in a list: such a module is a call in both modes."""
+
+    def count(self, x):
+        if self.training:
+            random.random()
+            self.calls += 1
+        return self.fc(x) * self.calls
+
+    def collect(self, x):
+        if self.training:
+            random.random()
+            self.calls.append(1)
+        return self.fc(x) * len(self.calls)
+
+    def store(self, x):
+        if self.training:
+            random.random()
+            self.calls[len(self.calls)] = 1
+        return self.fc(x) * len(self.calls)
+
+    for forward, start in ((count, 1), (collect, [1]), (store, {0: 1})):
+        part = run(forward, fc=nn.Linear(4, 4))
+        part.calls = start
+        model = nn.Sequential(part, nn.Linear(4, 4))
+        x = torch.randn(3, 4)
+        assert set(capture(model, x).leaves) == {"0"}
+        emitted = npas_fx.transform(model, 0.9, example_inputs=x, solver="greedy")
+        before = emitted.eval()(x)
+        emitted.train()(x)
+        assert not torch.allclose(emitted.eval()(x), before)
+
+
+def test_a_cache_of_what_is_made_of_weights_is_left_out(check):
+    """It is empty again in train mode; the emitted module does without."""
+
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.bias = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+            self.register_buffer("index", torch.tensor([0, 2, 1, 0]), persistent=False)
+            self.cache = {}
+
+        def train(self, mode=True):
+            self.cache = {}
+            return super().train(mode)
+
+        def forward(self, x):
+            if self.training:
+                return self.fc(x) + self.bias[:, self.index]
+            if str(x.device) not in self.cache:
+                self.cache[str(x.device)] = self.bias[:, self.index]
+            return self.fc(x) + self.cache[str(x.device)]
+
+    model = nn.Sequential(Caches(), Caches())
+    captured = capture(model, torch.randn(3, 4))
+    assert not captured.leaves
+    check(model, torch.randn(3, 4))
+
+
+def test_a_cache_of_inputs_or_random_numbers_makes_a_call():
+    def first(self, x):
+        if self.cache is None:
+            self.cache = x * 2
+        return self.fc(x) + self.cache
+
+    def draw(self, x):
+        if self.cache is None:
+            self.cache = self.fc.weight * torch.rand(4)
+        return self.fc(x) + self.cache[0]
+
+    for forward in (first, draw):
+        part = run(forward, fc=nn.Linear(4, 4))
+        part.cache = None
+        captured = capture(nn.Sequential(part), torch.randn(3, 4))
+        assert captured.leaves.keys() == {"0"}
+
+
+def test_a_mixture_that_cannot_be_traced_says_so():
+    def forward(self, x):
+        if self.training and not self.fc.training:
+            return self.fc(x) * random.random()
+        return self.fc(x).relu() if self.training else self.fc(x)
+
+    model = run(forward, fc=nn.Linear(4, 4))
+    emitted = npas_fx.transform(model, 1.0, example_inputs=torch.randn(3, 4), solver="greedy")
+    emitted.train()(torch.randn(3, 4))
+    emitted.fc.eval()
+    with pytest.raises(npas_fx.GuardError, match=r"fc is not in the mode of the model.*draws"):
+        emitted(torch.randn(3, 4))
+    emitted.train()(torch.randn(3, 4))
+
+
+def test_two_graphs_are_saved_loaded_and_materialized(tmp_path):
+    model = run(lambda self, x: self.b(self.a(x)), a=Branch(), b=LayerDrop())
+    x = torch.randn(3, 4)
+    emitted = npas_fx.transform(model, 0.6, example_inputs=x, solver="greedy").eval()
+    npas_fx.save(emitted, tmp_path)
+    loaded = npas_fx.load(tmp_path, model, example_inputs=x).eval()
+    assert torch.equal(loaded(x), emitted(x))
+    torch.testing.assert_close(npas_fx.materialize(emitted).eval()(x), emitted(x))
+    loaded.train()(x)
+
+
+def test_torch_compile_sees_two_graphs():
+    model = run(lambda self, x: self.b(self.a(x)), a=Branch(), b=Skip())
+    x = torch.randn(3, 4)
+    emitted = npas_fx.transform(model, 0.9, example_inputs=x, solver="greedy")
+    compiled = torch.compile(emitted, backend="eager", fullgraph=True)
+    for mode in (True, False, True):
+        torch.testing.assert_close(compiled.train(mode)(x), emitted.train(mode)(x))
 
 
 def test_norm_frozen_by_an_overridden_train_stays_frozen(check):

@@ -19,11 +19,17 @@ from two_layers import net, x
 
 def values_of(function, *inputs, model=None):
     """Values of the output of a function of tensors, one for each probe."""
+    return probe(function, *inputs, model=model)[0]
+
+
+def probe(function, *inputs, model=None):
+    """The same, and whether they depend on data."""
     graph = fx.symbolic_trace(function).graph
     names = [node.target for node in graph.nodes if node.op == "placeholder"]
     probes = Probes(model or nn.Module(), dict(zip(names, inputs, strict=True)))
     (output,) = (node for node in graph.nodes if node.op == "output")
-    return Values(probes, lambda run: run()).of(output.args[0])
+    values = Values(probes, lambda run: run())
+    return values.of(output.args[0]), output.args[0] in values.of_data
 
 
 def test_one_probe_is_the_example_and_the_other_has_a_row_more():
@@ -41,9 +47,44 @@ def test_a_probe_that_does_not_fit_the_model_is_dropped():
     assert values_of(lambda a: a.view(3, 2, 2).shape[0], x(3, 4)) == [3]
 
 
-def test_what_needs_values_is_not_known():
-    assert values_of(lambda a: a.sum().item(), x()) is None
-    assert values_of(lambda a: a[a > 0].shape[0], x()) is None
+def test_what_needs_values_is_run_and_known_to_depend_on_them():
+    value = x()
+    twice = torch.cat([value, value[:1]])
+    items = [value.sum().item(), twice.sum().item()]
+    assert probe(lambda a: a.sum().item(), value) == (items, True)
+    counts = [int((value > 0).sum()), int((twice > 0).sum())]
+    assert probe(lambda a: a[a > 0].shape[0], value) == (counts, True)
+    assert probe(lambda a: a[a > 0].ndim, value) == ([1, 1], False)
+    assert probe(lambda a: a[a > 0].dim() + a.dim(), value) == ([3, 3], False)
+    with torch.device("meta"):
+        assert values_of(lambda a: a.sum().item(), x(), model=nn.Linear(2, 2)) is None
+
+
+def test_running_draws_no_random_number_and_changes_nothing():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, value):
+            self.seen += value.sum() * torch.rand(())
+            assert self.seen.item() > -1e9
+            return value, self.seen
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.counts, self.fc = Counts(), nn.Linear(4, 4)
+
+        def forward(self, value):
+            return self.fc(self.counts(value)[0])
+
+    model, value = Around(), x()
+    state = torch.get_rng_state()
+    captured = capture(model, value)
+    assert captured.leaves.keys() == {"counts"}
+    assert model.counts.seen == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_user_s_own_mistake_is_not_known_either():
@@ -91,7 +132,7 @@ def test_what_a_failed_call_did_to_a_shape_is_undone(falls_back):
             y = self.turns(turned)
             return self.fc(y) if turned.dim() == 3 else y
 
-    falls_back(nn.Sequential(Around()), x(), path="0", match="branches on a value")
+    falls_back(nn.Sequential(Around()), x(), path="0.turns", match="branches on a value")
 
 
 def test_a_result_that_is_none_for_some_sizes_only(falls_back):

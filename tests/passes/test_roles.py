@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from models import MODELS
-from npas_fx.passes.capture import capture
+from npas_fx.passes.capture import ModeGraph, capture
 from npas_fx.passes.inventory import take_inventory
 from zoo import ZOO
 
@@ -246,7 +246,7 @@ def test_names_do_not_matter(name):
         captured = capture(example.make())
     renamed, original_of = rename(captured)
     inventory = captured.inventory
-    found = take_inventory(renamed.graph, renamed.leaves, renamed.skeleton, renamed.skeleton)
+    found = take_inventory([renamed.graph], renamed.leaves, renamed.skeleton, renamed.skeleton)
     assert {site.name for site in found.sites}.isdisjoint(site.name for site in inventory.sites)
     facts = [(original_of[s.name], s.role, s.kind, s.depth, s.shape) for s in found.sites]
     assert facts == [(s.name, s.role, s.kind, s.depth, s.shape) for s in inventory.sites]
@@ -285,7 +285,8 @@ def rename(captured):
             for call, (path, kind) in node.meta.get("nn_module_stack", {}).items()
         }
     leaves = {new_name[path]: reason for path, reason in captured.leaves.items()}
-    return replace(captured, graph=graph, skeleton=skeleton, leaves=leaves), original_of
+    modes = (ModeGraph(graph=graph, flags={}, leaves=leaves),)
+    return replace(captured, modes=modes, skeleton=skeleton), original_of
 
 
 @pytest.mark.parametrize("kind", TRUTH)
