@@ -71,6 +71,11 @@ class CallSignature:
                 kwargs[parameter.name] = value(parameter.name)
         return args, kwargs
 
+    def run(self, module: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """Call a module with inputs by name."""
+        args, kwargs = self.rebuild(values)
+        return module(*args, **kwargs)
+
     def describe(self) -> dict[str, Any]:
         """What the graph was captured for, as plain data; equal exactly for equal calls."""
         return {

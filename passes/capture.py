@@ -177,12 +177,16 @@ def _capture_with(
         return made
 
     leaves = _all_leaves(modes)
+    is_own_code = any(
+        not skeleton.get_submodule(p).__module__.startswith("torch.nn.") for p in leaves
+    )
+    changed = probes.find_changed(call.run) if probes and is_own_code else frozenset()
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     graphs = [mode.graph for mode in sorted(modes, key=partial(_num_opaque, skeleton))]
     return Capture(
         modes=modes,
         trace=trace_mixture,
-        inventory=take_inventory(graphs, leaves, skeleton, model),
+        inventory=take_inventory(graphs, leaves, skeleton, model, changed),
         call=replace(call, types={**call.types, **assumed}),
         constants={
             path: constant

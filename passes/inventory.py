@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -35,6 +35,7 @@ def take_inventory(
     leaves: Mapping[str, str],
     skeleton: nn.Module,
     model: nn.Module,
+    changed: Collection[str] = (),
 ) -> Inventory:
     """List each parameter once: as a site, or as kept with the reason.
 
@@ -44,6 +45,7 @@ def take_inventory(
         leaves: path of each module that some graph calls -> why it is called, not traced.
         skeleton: the model without its values.
         model: says on which device each parameter is.
+        changed: names of parameters that calls are known to change in place.
     """
     reads_of: dict[str, list[fx.Node]] = defaultdict(list)
     first: dict[str, fx.Graph] = {}
@@ -84,6 +86,7 @@ def take_inventory(
             name in matrices and name not in parts,
             leaf_reasons.get(id(parameter)),
             id(parameter) in hidden,
+            name in changed,
         )
         for name, parameter in parameters.items()
     }
@@ -156,6 +159,7 @@ def _why_kept(
     is_vector: bool,
     leaf: str | None,
     is_hidden: bool,
+    is_changed: bool,
 ) -> str | None:
     if not parameter.requires_grad:
         return "frozen"
@@ -174,7 +178,7 @@ def _why_kept(
         return "vector"
     if is_hidden:
         return "read behind torch's back, from a list or closure, by a module that stays a call"
-    if any(map(is_mutated, reads)):
+    if is_changed or any(map(is_mutated, reads)):
         return "changed in place"
     lookups = [_lookup_options(user) for user in _uses(reads)]
     if any(options.get("max_norm") is not None for options in lookups):

@@ -63,6 +63,8 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
     yield torch, "is_tensor", _is_tensor
+    if "torch._dynamo" in sys.modules:  # not imported for this: it takes long
+        yield torch._dynamo, "mark_static_address", lambda *args, **kwargs: None
     yield nn.Module, "parameters", _parameters_of(tracer)
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)

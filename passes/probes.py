@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from npas_fx.passes.rollback import RandomState
@@ -33,6 +37,9 @@ RESHAPING = frozenset(
         "resize_as",
     )
 )
+
+
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Probes:
@@ -85,12 +92,45 @@ class Probes:
 
     def real_root(self) -> nn.Module | None:
         """A copy of the model with its values, in the mode that ``flags`` tell, if it has some."""
-        if any(tensor.is_meta for _, tensor in named_tensors(self._model)):
+        if self._has_no_values():
             return None
         root = copy_with(self._model, lambda _, tensor: clone(tensor))
         for path, flag in self.flags.items():
             root.get_submodule(path).training = flag
         return root
+
+    def find_changed(self, call: Callable[[nn.Module, Mapping[str, Any]], Any]) -> frozenset[str]:
+        """Names of the parameters that a call of the model changes, in one of the modes.
+
+        Args:
+            call: runs a module on inputs by name.
+        """
+        return frozenset(name for mode in (True, False) for name in self._changed_in(call, mode))
+
+    def _changed_in(
+        self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
+    ) -> Iterator[str]:
+        if self._has_no_values():
+            return
+        root = copy_with(self._model, lambda _, tensor: clone(tensor)).train(is_training)
+        before = {name: parameter._version for name, parameter in root.named_parameters()}
+        inputs = self.real_inputs(0)
+        random = RandomState()
+        try:
+            with torch.no_grad():
+                call(root, inputs)
+        except Exception:  # the oracle will say so
+            return
+        finally:
+            random.put_back()
+        known = dict(self._model.named_parameters())
+        for name, parameter in root.named_parameters():
+            is_same = parameter._version == before[name]  # which .data does not count
+            if not (is_same and torch.equal(parameter, known[name])):
+                yield name
+
+    def _has_no_values(self) -> bool:
+        return any(tensor.is_meta for _, tensor in named_tensors(self._model))
 
     def real_inputs(self, probe: int) -> dict[str, Any]:
         """The inputs of a probe with values: rows of the example, some of them twice."""
@@ -182,7 +222,7 @@ class Values:
             try:
                 with _quiet():
                     known[probe] = self.run(partial(self._compute, node, probe))
-            except Exception:  # it needs values, or another number of rows does not fit the model
+            except Exception as err:  # it needs values, or so many rows do not fit the model
                 try:
                     known[probe] = self.run(partial(self._compute_from_data, node, probe))
                 except Exception:
@@ -190,7 +230,8 @@ class Values:
                         return None
                     self.alive.remove(probe)
                 else:
-                    self.of_data.add(node)
+                    if isinstance(err, _NEEDS_DATA):
+                        self.of_data.add(node)
         if not self.of_data.isdisjoint(node.all_input_nodes) and not _asks_kind(node):
             self.of_data.add(node)
         return known

@@ -38,6 +38,10 @@ CHOSEN_RATES = {
     ("characters", "one_bank"): (0.5, 1.0),
     ("characters", "random_groups"): (0.5, 1.0),
     ("characters", "tied_runs"): (1.0, 0.2),
+    **{
+        ("cifar", method): (2.0, 1.0)
+        for method in ("plain", "ours", "overparameterized", *BASELINES_BELOW)
+    },
 }
 
 
