@@ -131,7 +131,8 @@ def inspect(
 ) -> Inventory:
     """Say what a model is made of, before any planning.
 
-    The model is not run; it may be on the meta device.
+    The model may be on the meta device. It is not run; with an example, a copy of it is where its
+    code asks what shapes and types alone do not tell.
 
     Args:
         model: any module; it is not changed.

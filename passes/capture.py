@@ -182,10 +182,12 @@ def _capture_with(
     )
     changed = probes.find_changed(call.run) if probes and is_own_code else frozenset()
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
+    if len(modes) > 1 and probes is not None:
+        probes.drop_values()  # they live as long as mixtures of modes may be traced
     graphs = [mode.graph for mode in sorted(modes, key=partial(_num_opaque, skeleton))]
     return Capture(
         modes=modes,
-        trace=trace_mixture,
+        trace=trace_mixture if len(modes) > 1 else _trace_no_mixture,
         inventory=take_inventory(graphs, leaves, skeleton, model, changed),
         call=replace(call, types={**call.types, **assumed}),
         constants={
@@ -195,6 +197,10 @@ def _capture_with(
         },
         skeleton=skeleton,
     )
+
+
+def _trace_no_mixture(flags: Mapping[str, bool]) -> ModeGraph:
+    raise UntraceableError({"": "its graph reads the flags itself"})
 
 
 def _refuse_states(train: Trace, evaluate: Trace, skeleton: nn.Module) -> None:

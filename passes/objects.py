@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 # Attributes of these types are the same at each call.
-FIXED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum)
+FIXED = (*_FUNCTIONS, type, ModuleType, enum.Enum, np.generic)
 _NOT_PLAIN = (
     *(*FIXED, Tensor, nn.Module, fx.Node, fx.Proxy, torch.Generator, torch.dtype, torch.device),
     *(torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
@@ -31,11 +33,13 @@ class RemakeObject:
 
     Args:
         kind: the class.
-        fixed: attributes that are the same each time.
+        names: of its attributes, in order.
+        fixed: those that are the same each time.
     """
 
-    def __init__(self, kind: type, fixed: Mapping[str, Any]) -> None:
+    def __init__(self, kind: type, names: Iterable[str], fixed: Mapping[str, Any]) -> None:
         self.kind = kind
+        self.names = tuple(names)
         self.fixed = dict(fixed)
         self.__name__ = self.__qualname__ = f"remake_{kind.__name__}"
 
@@ -46,14 +50,16 @@ class RemakeObject:
             attributes: name -> value, of those that are not fixed.
         """
         made: Any = object.__new__(self.kind)
-        vars(made).update({**self.fixed, **attributes})
+        values = {**self.fixed, **attributes}
+        vars(made).update({name: values[name] for name in self.names})
         return made
 
     def __eq__(self, other: object) -> bool:
         """Tell what makes the same: train and eval mode are compared by it."""
         if not isinstance(other, RemakeObject):
             return NotImplemented
-        return self.kind is other.kind and self.fixed == other.fixed
+        mine = self.kind, self.names, self.fixed
+        return mine == (other.kind, other.names, other.fixed)
 
     def __hash__(self) -> int:
         """Hash what equality looks at first."""

@@ -56,7 +56,7 @@ class Probes:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.flags: dict[str, bool] = {}
-        self._model = model
+        self._model: nn.Module | None = model
         self._example = dict(inputs)
         tensors = [v for v in pytree.tree_leaves(self._example) if isinstance(v, Tensor)]
         batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
@@ -72,7 +72,14 @@ class Probes:
 
     @cached_property
     def _root(self) -> nn.Module:
+        assert self._model is not None
         return copy_with(self._model, lambda _, tensor: self.fake(tensor))
+
+    def drop_values(self) -> None:
+        """Let go of the model and of the example; what needs values is not known from here on."""
+        self._root  # noqa: B018  # made while the model is there
+        self._model = None
+        self._example = {}
 
     def fake(self, tensor: Tensor, num_rows: int | None = None) -> Tensor:
         """Make a tensor of the same shape and type, perhaps with another number of rows."""
@@ -92,7 +99,7 @@ class Probes:
 
     def real_root(self) -> nn.Module | None:
         """A copy of the model with its values, in the mode that ``flags`` tell, if it has some."""
-        if self._has_no_values():
+        if self._model is None or _is_meta(self._model):
             return None
         root = copy_with(self._model, lambda _, tensor: clone(tensor))
         for path, flag in self.flags.items():
@@ -110,7 +117,7 @@ class Probes:
     def _changed_in(
         self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
     ) -> Iterator[str]:
-        if self._has_no_values():
+        if self._model is None or _is_meta(self._model):
             return
         root = copy_with(self._model, lambda _, tensor: clone(tensor)).train(is_training)
         before = {name: parameter._version for name, parameter in root.named_parameters()}
@@ -129,9 +136,6 @@ class Probes:
             if not (is_same and torch.equal(parameter, known[name])):
                 yield name
 
-    def _has_no_values(self) -> bool:
-        return any(tensor.is_meta for _, tensor in named_tensors(self._model))
-
     def real_inputs(self, probe: int) -> dict[str, Any]:
         """The inputs of a probe with values: rows of the example, some of them twice."""
         rows = torch.arange(self._rows[probe]) % max(self._batch, 1)
@@ -144,6 +148,10 @@ class Probes:
             name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
             for name, value in self._example.items()
         }
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in named_tensors(model))
 
 
 def _choose_rows(batch: int) -> tuple[int, ...]:
@@ -263,13 +271,13 @@ class RealValues:
     def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any]) -> None:
         self.probes = probes
         self.run = run
-        self._known: dict[int, dict[fx.Node, Any]] = {}
-        self._roots: dict[int, nn.Module | None] = {}
+        self._known: dict[int, dict[fx.Node, Any]] = {}  # of each probe
+        self._root: nn.Module | None = None
 
     def forget(self) -> None:
         """Forget what was run: some of it was taken back."""
         self._known.clear()
-        self._roots.clear()
+        self._root = None
 
     def of(self, node: fx.Node, probe: int) -> Any:
         """The value of a node; all nodes before it run in order, since they may change tensors.
@@ -281,12 +289,10 @@ class RealValues:
 
     @torch.no_grad()
     def _run_until(self, node: fx.Node, probe: int) -> Any:
-        if probe not in self._roots:
-            self._roots[probe] = self.probes.real_root()
-            self._known[probe] = {}
-        root, known = self._roots[probe], self._known[probe]
+        self._root = root = self._root or self.probes.real_root()
         if root is None:
             raise ValueError("the model has no values")
+        known = self._known.setdefault(probe, {})
         inputs = self.probes.real_inputs(probe)
         random = RandomState()
         try:

@@ -458,7 +458,7 @@ class Tracer(fx.Tracer):
             self._objects[id(a)] = None
             fixed = {k: v for k, v in vars(a).items() if isinstance(v, FIXED)}
             varying = {k: self.create_arg(v) for k, v in vars(a).items() if k not in fixed}
-            make = RemakeObject(type(a), fixed)
+            make = RemakeObject(type(a), vars(a), fixed)
             self._objects[id(a)] = self.create_node("call_function", make, (varying,), {})
         node = self._objects[id(a)]
         if node is None:

@@ -1,5 +1,6 @@
 """The emitted module is called as the original is, and refuses what it was not captured for."""
 
+import functools
 import inspect
 import math
 
@@ -177,3 +178,33 @@ def test_check_constant_knows_types():
     for value, expected in ((True, 1), (1, 1.0), (None, 0), (torch.ones(2), torch.ones(2))):
         with pytest.raises(npas_fx.GuardError):
             check_constant(value, "a", expected)
+
+
+def test_arguments_reach_a_decorator_as_the_example_gives_them(check):
+    """One by position, one by name, and what is left at its default not at all."""
+    seen = []
+
+    def decorated(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            seen.append((len(args), set(kwargs)))
+            kwargs.setdefault("scale", 2)
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        @decorated
+        def forward(self, x, y=None, scale=1):
+            x = self.fc(x) * scale
+            return x if y is None else x + y
+
+    check(Model(), torch.randn(3, 4), kwargs={"y": torch.randn(3, 4)})
+    assert set(map(str, seen)) == {str((1, {"y"}))}
+    seen.clear()
+    check(Model(), torch.randn(3, 4), example=False)
+    assert {count for count, _ in seen} == {1}

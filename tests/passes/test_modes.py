@@ -1,9 +1,11 @@
 """Constants that differ between the modes read the flag that decides; structure has two graphs."""
 
 import copy
+import gc
 import inspect
 import operator
 import random
+import weakref
 
 import pytest
 import torch
@@ -533,3 +535,15 @@ def test_attention_with_functional_dropout(check, same):
     model = nn.Sequential(*(Attention() for _ in range(3)))
     emitted = check(model, torch.randn(2, 5, 8), others=((torch.randn(3, 7, 8),),))
     partially(model, emitted, "1", same, (torch.randn(2, 5, 8),))
+
+
+@pytest.mark.parametrize("kind", [Block, Branch])
+def test_neither_the_model_nor_the_example_is_kept_alive(kind):
+    model, x = nn.Sequential(kind(), nn.Linear(4, 4)), torch.randn(3, 4)
+    emitted = npas_fx.transform(model, 0.8, example_inputs=x, solver="greedy")
+    alive = [weakref.ref(model), weakref.ref(model[1].weight), weakref.ref(x)]
+    del model, x
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
+    emitted.get_submodule("0").eval()
+    emitted(torch.randn(3, 4))

@@ -744,3 +744,44 @@ def test_a_failed_call_leaves_no_trace(falls_back):
     assert model[1].messy.seen == []
     operations = [node.name for node in captured.graph.nodes if node.op == "call_function"]
     assert len(operations) == 4  # linear, linear, the call, times one
+
+
+def test_limits_of_a_traced_dtype(check):
+    def forward(self, value):
+        y = self.a(value)
+        low = torch.finfo(y.dtype).min
+        y = y.masked_fill(y < 0, low / torch.finfo(torch.float32).max)
+        return self.b(y).clamp(max=torch.iinfo(value.long().dtype).max)
+
+    assert not capture(net(forward), x()).leaves
+    emitted = check(net(forward), x())
+    assert emitted.double()(x().double()).min() < torch.finfo(torch.float32).min
+    assert torch.finfo(torch.float32).bits == 32
+
+
+@pytest.mark.parametrize("way", ["no_grad", "data", "none"])
+def test_weights_that_a_called_module_changes_stay_plain(way, check):
+    class Rescales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.is_done = False
+
+        def forward(self, value):
+            if not self.training and not self.is_done:
+                if way == "no_grad":
+                    with torch.no_grad():
+                        self.a.weight.div_(2)
+                elif way == "data":
+                    self.a.weight.data = self.a.weight.data / 2
+                self.is_done = True
+            return self.b(self.a(value))
+
+    model = nn.Sequential(Rescales(), nn.Linear(4, 4))
+    inventory = capture(model, x()).inventory
+    reasons = {kept.name: kept.reason for kept in inventory.kept}
+    changed = {name for name, reason in reasons.items() if reason == "changed in place"}
+    assert changed == ({"0.a.weight"} if way != "none" else set())
+    assert not model[0].is_done
+    emitted = npas_fx.transform(model, 0.95, example_inputs=x())
+    torch.testing.assert_close(emitted.eval()(value := x()), emitted(value))
