@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -171,8 +169,6 @@ def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dic
     with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
         random_state = RandomState()
         torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
         try:
             output = call()
         finally:

@@ -16,6 +16,7 @@ from npas_fx.errors import GuardError, RewriteError, UntraceableError
 from npas_fx.ir import Plan
 from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import Capture, ModeGraph
+from npas_fx.passes.contexts import leave_on_error
 from npas_fx.passes.opaque import empty_slots, lend
 from npas_fx.passes.pipeline import rewrite
 
@@ -159,7 +160,8 @@ def _make_forward(
         if "" in mode.leaves:
             return _lend_all(kind, names_of) if names_of else kind.forward
         filename = f"<npas_fx graph {next(_SOURCES)} of {kind.__name__}>"
-        return make_forward(capture.call, rewrite(mode.graph, sites_of), filename)
+        graph = rewrite(mode.graph, sites_of)
+        return leave_on_error(make_forward(capture.call, graph, filename), graph)
 
     if len(capture.modes) == 1:
         return write(capture.modes[0])

@@ -42,26 +42,29 @@ def merge_modes(
         The graph; None where the modes differ in more than constants, or a constant depends on the
         flags of more than one module.
     """
-    if train.failed.keys() != evaluate.failed.keys() or train.steps != evaluate.steps:
+    if train.failed.keys() != evaluate.failed.keys():
         return None
     if str(train.graph) == str(evaluate.graph):
         return copy.deepcopy(train.graph)
-    with suppress(UntraceableError):
+    operations, others = (
+        [(node.op, node.target) for node in trace.graph.nodes] for trace in (train, evaluate)
+    )
+    if operations != others:
+        return None
+    with suppress(_DifferError, UntraceableError):
         return _merge_constants(train, evaluate, trace_with)
     return None
+
+
+class _DifferError(Exception):
+    """Graphs differ in more than constants, or in constants of which no one flag decides."""
 
 
 def _merge_constants(
     train: Trace, evaluate: Trace, trace_with: Callable[[Mapping[str, bool]], Trace]
 ) -> fx.Graph:
-    if len(train.graph.nodes) != len(evaluate.graph.nodes):
-        raise UntraceableError({"": "train and eval mode differ in their number of operations"})
-
     def trace_mixed(flags: Mapping[str, bool]) -> tuple[Mapping[str, bool], fx.Graph]:
-        mixed = trace_with(flags)
-        if mixed.failed.keys() != train.failed.keys():
-            raise UntraceableError({"": "train and eval mode differ in what can be traced"})
-        return flags, mixed.graph
+        return flags, trace_with(flags).graph
 
     asked = train.asked_training | evaluate.asked_training
     nearby = [
@@ -69,7 +72,7 @@ def _merge_constants(
         for a, b in zip(train.graph.nodes, evaluate.graph.nodes, strict=True)
     ]
     mixed = [trace_mixed(flags) for flags in mode_patterns(number_rivals(asked, set(nearby)))]
-    with suppress(UntraceableError):
+    with suppress(_DifferError):
         return _merge(train.graph, evaluate.graph, mixed, nearby)
     # With no flag set, what still keeps its value in train mode follows none.
     patterns = [dict.fromkeys(asked, False), *mode_patterns(number_each(asked))]
@@ -84,7 +87,7 @@ def _merge(
     merged = copy.deepcopy(train)
     graphs = (merged, evaluate, *(graph for _, graph in mixed))
     if len({len(graph.nodes) for graph in graphs}) > 1:
-        raise UntraceableError({"": "train and eval mode differ in their number of operations"})
+        raise _DifferError
     rows = list(zip(*(graph.nodes for graph in graphs), strict=True))
     counterparts = {row[0]: row for row in rows}
     first = next(node for node in merged.nodes if node.op != "placeholder")
@@ -103,9 +106,9 @@ def _merge(
             values: Sequence[Any], node: fx.Node = node, paths: Collection[str] = paths
         ) -> Any:
             a = values[0]
-            if isinstance(a, fx.Node):
-                if counterparts[a] != tuple(values):
-                    raise _differ(node, "train and eval mode differ")
+            if any(isinstance(value, fx.Node) for value in values):
+                if counterparts.get(a) != tuple(values):
+                    raise _DifferError
                 return a
             if all(_same(a, value) for value in values[1:]):
                 return a
@@ -114,7 +117,7 @@ def _merge(
                 return merged.call_function(choose, (flag, a, values[1]))
 
         if len({(other.op, other.target) for other in row}) > 1:
-            raise _differ(node, "train and eval mode differ")
+            raise _DifferError
         node.args = _map_rows(merge, [other.args for other in row])
         node.kwargs = _map_rows(merge, [other.kwargs for other in row])
     merged.lint()
@@ -140,18 +143,15 @@ def _find_owner(
     followed = [path for path in candidates if is_train == [flags[path] for flags, _ in mixed]]
     is_two_valued = all(_same(value, values[0]) or _same(value, values[1]) for value in values[2:])
     if len(followed) != 1 or not is_two_valued:
-        raise _differ(node, "a constant depends on the training flags of several modules")
+        raise _DifferError
     return followed[0]
-
-
-def _differ(node: fx.Node, why: str) -> UntraceableError:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return UntraceableError({stack[-1][0] if stack else "": f"{why} at {node.format_node()}"})
 
 
 def _map_rows(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -> Any:
     """Apply a function to what stands in the same place of several arguments."""
     a = values[0]
+    if len(set(map(_form, values))) > 1:
+        raise _DifferError
     if isinstance(a, (tuple, list)):
         items = [_map_rows(function, items) for items in zip(*values, strict=True)]
         return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
@@ -161,6 +161,15 @@ def _map_rows(function: Callable[[Sequence[Any]], Any], values: Sequence[Any]) -
         parts = [(value.start, value.stop, value.step) for value in values]
         return slice(*_map_rows(function, parts))
     return function(values)
+
+
+def _form(value: Any) -> tuple[Any, ...]:
+    """Type of a container, and how many values it has under which keys; nothing for a value."""
+    if isinstance(value, (tuple, list)):
+        return type(value), len(value)
+    if isinstance(value, Mapping):
+        return type(value), *value
+    return (slice,) if isinstance(value, slice) else ()
 
 
 def _same(a: Any, b: Any) -> bool:

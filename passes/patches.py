@@ -70,8 +70,8 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "training", _training_of(tracer)
     yield torch.autograd.Function, "apply", _refuse_function(tracer)
     for context in _CONTEXTS:
-        yield context, "__enter__", _counted(tracer, context.__enter__, 1)
-        yield context, "__exit__", _counted(tracer, context.__exit__, -1)
+        yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
+        yield context, "__exit__", _then(context.__exit__, tracer.note_left)
 
 
 def _recorded(tracer: Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,13 +135,13 @@ def _parameters_of(tracer: Tracer) -> Callable[..., Any]:
     return parameters
 
 
-def _counted(tracer: Tracer, method: Callable[..., Any], step: int) -> Callable[..., Any]:
-    def count(*args: Any, **kwargs: Any) -> Any:
-        if tracer.is_tracing():
-            tracer.num_contexts += step
-        return method(*args, **kwargs)
+def _then(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    def run(context: Any, *args: Any) -> Any:
+        result = method(context, *args)
+        note(context)
+        return result
 
-    return count
+    return run
 
 
 def _set_attribute_of(tracer: Tracer) -> Callable[[nn.Module, str, Any], None]:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from npas_fx.passes.contexts import SWITCHES
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
@@ -299,6 +300,8 @@ class RealValues:
             for each in node.graph.nodes:
                 if each.op == "placeholder":
                     known.setdefault(each, inputs.get(str(each.target)))
+                elif each.target in SWITCHES:
+                    known[each] = None  # else they would have to be left again
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)
                 if each is node:

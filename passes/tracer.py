@@ -7,7 +7,7 @@ import operator
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
@@ -21,8 +21,7 @@ from torch.nn.functional import multi_head_attention_forward
 from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
-from npas_fx.passes.flag_patterns import is_inside
-from npas_fx.passes.frame import Frame
+from npas_fx.passes.contexts import write_enter, write_leave
 from npas_fx.passes.leaves import owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
@@ -45,8 +44,6 @@ class Trace:
         graph: with the modules of torch.nn as calls.
         failed: path of each module that could not be traced, and is a call as well -> why; with the
             root (``""``) among them the graph is empty.
-        steps: module path -> what its own forward does, calls of submodules being one step each;
-            without constants, so that two modes that differ in these only have equal steps.
         asked_training: paths of the modules whose ``training`` flag was read.
         flags_before: node -> those of them that were read so that the node could depend on it: by
             the calls that the node is in, or by a call that gave them a constant.
@@ -56,7 +53,6 @@ class Trace:
 
     graph: fx.Graph
     failed: Mapping[str, str]
-    steps: Mapping[str, Sequence[Any]]
     asked_training: frozenset[str]
     flags_before: Mapping[fx.Node, frozenset[str]]
     flags: Mapping[str, bool]
@@ -69,7 +65,6 @@ def no_trace(why: str) -> Trace:
     return Trace(
         graph=fx.Graph(),
         failed={"": why},
-        steps={},
         asked_training=nothing,
         flags_before={},
         flags={},
@@ -112,11 +107,10 @@ class Tracer(fx.Tracer):
         self.flags_before: dict[fx.Node, frozenset[str]] = {}
         self.assumed_tensors: set[str] = set()
         self.names: dict[int, str] = {}
-        self.steps: dict[str, list[Any]] = {}
         self.thread = threading.get_ident()
-        self.num_contexts = 0
-        self._frames: list[Frame] = []
-        self._state: tuple[Any, ...] = ()
+        self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
+        self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
+        self._contexts: list[tuple[Any, fx.Node | None]] = []  # that the code is in
         self._refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
@@ -130,7 +124,7 @@ class Tracer(fx.Tracer):
             for name, tensor in source
         }
         self._state = _ambient_state()
-        self._frames = [Frame((), self.steps.setdefault("", []), ())]
+        self._asked = [set()]
         random = RandomState()
         try:
             with patches(self):
@@ -139,7 +133,7 @@ class Tracer(fx.Tracer):
         except (BusyError, UntraceableError):
             raise
         except Exception as err:
-            graph, self.failed, self.steps = fx.Graph(), {"": say_why(err)}, {}
+            graph, self.failed = fx.Graph(), {"": say_why(err)}
         finally:
             random.put_back()
         if hand_overs := self._find_hand_overs():
@@ -147,7 +141,6 @@ class Tracer(fx.Tracer):
         return Trace(
             graph=graph,
             failed=self.failed,
-            steps=self.steps,
             asked_training=frozenset(self.asked_training),
             flags_before=self.flags_before,
             flags={path: module.training for path, module in root.named_modules()},
@@ -164,7 +157,7 @@ class Tracer(fx.Tracer):
         path = (self.submodule_paths or {}).get(module)
         if path is not None and self.is_tracing():
             self.asked_training.add(path)
-            self._frames[-1].asked.add(path)
+            self._asked[-1].add(path)
 
     def is_tracing(self) -> bool:
         """Whether the code that runs is that of the model: in its thread, and for the graph."""
@@ -252,12 +245,9 @@ class Tracer(fx.Tracer):
             self.failed[path] = "it has a backward hook"
         if is_leaf or path in self.failed:
             return self._call_leaf(m, forward, args, kwargs)
-        arguments = [v.node for v in _leaves((args, kwargs)) if isinstance(v, fx.Proxy)]
-        undo = self._note(path, m, (args, kwargs))
-        caller = self._frames[-1]
-        caller.steps.append(("enter", path, tuple(map(caller.shape, arguments))))
-        called = Frame(arguments, self.steps.setdefault(path, []), caller.asked)
-        self._frames.append(called)
+        undo = self._note(m, (args, kwargs))
+        asked = self._asked[-1]
+        self._asked.append(set(asked))
         random = RandomState()
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -272,9 +262,9 @@ class Tracer(fx.Tracer):
                 why = f"the call of {path!r} changes a list or dict that it is given"
                 raise self.refusal(why) from err
             return self._call_leaf(m, forward, args, kwargs)
-        self._frames.pop()
+        called = self._asked.pop()
         if not all(value is None or isinstance(value, fx.Proxy) for value in _leaves(result)):
-            caller.asked |= called.asked  # a constant may follow a flag that the call has read
+            asked |= called  # a constant may follow a flag that the call has read
         return result
 
     def _call_leaf(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -310,22 +300,21 @@ class Tracer(fx.Tracer):
         if self._refusal is not None:
             raise self._refusal  # the user's code caught it and went another way
 
-    def _note(self, path: str, module: nn.Module, arguments: Any) -> Callable[[], bool]:
+    def _note(self, module: nn.Module, arguments: Any) -> Callable[[], bool]:
         """Note where the trace is; the function that is returned takes it back there.
 
         It says whether the code has changed its arguments.
         """
         put_back = note_state(module, arguments)
-        caller, num_assigned = self._frames[-1], len(self.assigned)
-        depth, num_steps, stack = len(self._frames), len(caller.steps), dict(self.module_stack)
+        depth, num_assigned, stack = len(self._asked), len(self.assigned), dict(self.module_stack)
+        num_contexts, state = len(self._contexts), self._state
         last = next(iter(reversed(self.graph.nodes)))
 
         def undo() -> bool:
             is_changed = put_back()
             self._refusal = None
-            del self._frames[depth:], caller.steps[num_steps:], self.assigned[num_assigned:]
-            for inside in [p for p in self.steps if is_inside(p, path)]:
-                del self.steps[inside]
+            del self._asked[depth:], self.assigned[num_assigned:], self._contexts[num_contexts:]
+            self._state = state
             self.module_stack.clear()
             self.module_stack.update(stack)
             erased = set()
@@ -388,17 +377,38 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
-        if self.num_contexts or self._state != _ambient_state():
+        if not self._contexts_are_recorded() or self._state != _ambient_state():
             raise self.refusal(
-                "forward switches gradients or autocast on or off (torch.no_grad, enable_grad, "
-                "autocast) around traced operations, which a graph does not record; do so around "
-                "the call of the model, or inside a submodule without weights of its own"
+                "forward switches gradients or autocast around traced operations in a way that a "
+                "graph does not record (set_grad_enabled, inference_mode, autocast switched on); "
+                "do so around the call of the model, with torch.no_grad() or enable_grad(), or "
+                "inside a submodule without weights of its own"
             )
         node = super().create_node(*args, **kwargs)
         self.questions.note(node)
-        self._frames[-1].add(node)
-        self.flags_before[node] = frozenset(self._frames[-1].asked)
+        self.flags_before[node] = frozenset(self._asked[-1])
         return node
+
+    def note_entered(self, context: Any) -> None:
+        """Record that the code that is being traced has entered a context manager of torch's."""
+        if self.is_tracing():
+            operation = write_enter(context)
+            node = None
+            if operation is not None and self._contexts_are_recorded():
+                self._state = _ambient_state()
+                node = self.create_node("call_function", *operation, {})
+            self._contexts.append((context, node))
+
+    def note_left(self, context: Any) -> None:
+        """Record that it has left it."""
+        if self.is_tracing() and self._contexts and self._contexts[-1][0] is context:
+            _, node = self._contexts.pop()
+            if node is not None:
+                self._state = _ambient_state()
+                self.create_node("call_function", write_leave(node), (node,), {})
+
+    def _contexts_are_recorded(self) -> bool:
+        return all(node is not None for _, node in self._contexts)
 
     def to_bool(self, obj: Any) -> bool:
         """Answer a question of control flow: an ``assert`` becomes a node, others are refused."""

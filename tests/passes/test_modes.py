@@ -314,6 +314,26 @@ def test_drop_path_is_a_module_call(check, same):
     partially(model, emitted, "body.1", same, (torch.randn(8, 4),))
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.fc(x).relu() if self.training else self.fc(x).tanh(),
+        lambda self, x: self.fc(x) - (x if self.training else 1.0),
+        lambda self, x: self.fc(x).sum((0, 1) if self.training else (0,)),
+        lambda self, x: torch.cat([self.fc(x)] * (2 if self.training else 3)),
+        lambda self, x: self.fc(x)[:, slice(0, 2) if self.training else 0],
+        lambda self, x: self.fc(x)[:, 0 if self.training else slice(0, x.shape[1])],
+        lambda self, x: {"a" if self.training else "b": self.fc(x)},
+        lambda self, x: self.fc(x) + (x if self.training else self.fc(x)),
+    ],
+    ids=["operation", "value", "dimensions", "list", "index", "slice", "key", "source"],
+)
+def test_as_many_operations_that_differ(forward, check):
+    model = run(forward, fc=nn.Linear(4, 4))
+    assert not capture(model, torch.randn(3, 4)).leaves
+    check(model, torch.randn(3, 4))
+
+
 def test_a_root_that_branches_is_traced_twice(check):
     def forward(self, x):
         return self.fc(x) if self.training else x
@@ -430,7 +450,12 @@ def test_a_cache_of_inputs_or_random_numbers_makes_a_call():
             self.cache = self.fc.weight * torch.rand(4)
         return self.fc(x) + self.cache[0]
 
-    for forward in (first, draw):
+    def drop(self, x):
+        if self.cache is None:
+            self.cache = F.dropout(self.fc.weight, 0.5, True)
+        return self.fc(x) + self.cache[0]
+
+    for forward in (first, draw, drop):
         part = run(forward, fc=nn.Linear(4, 4))
         part.cache = None
         captured = capture(nn.Sequential(part), torch.randn(3, 4))

@@ -60,6 +60,19 @@ def test_what_needs_values_is_run_and_known_to_depend_on_them():
         assert values_of(lambda a: a.sum().item(), x(), model=nn.Linear(2, 2)) is None
 
 
+def test_no_question_is_answered_by_data(falls_back):
+    """The next batch may have another answer: what asks is called, and both ways work."""
+
+    def forward(self, value):
+        many = value[value > 0].shape[0] > 3
+        return self.a(value) if many else self.a(-value)
+
+    emitted = falls_back(net(forward), x(), match="branches on a value")
+    value = x().abs()
+    for each in (value, -value):
+        torch.testing.assert_close(emitted(each), emitted.a(value))
+
+
 def test_running_draws_no_random_number_and_changes_nothing():
     class Counts(nn.Module):
         def __init__(self):
