@@ -25,7 +25,7 @@ def attributes_set_by_calls(module: nn.Module) -> frozenset[str]:
 _CHANGING = frozenset(
     (
         *("append", "appendleft", "extend", "insert", "pop", "popleft", "popitem", "remove"),
-        *("clear", "add", "discard", "update", "setdefault", "__setitem__", "setattr"),
+        *("clear", "add", "discard", "update", "setdefault", "__setitem__"),
     )
 )
 
@@ -33,7 +33,7 @@ _CHANGING = frozenset(
 def may_keep_state(module: nn.Module) -> bool:
     """Whether a call of ``module`` or of a part of it may leave something for the next one.
 
-    Buffers do not count. That a call stores under a key counts where it does so in an attribute.
+    Buffers do not count.
     """
     parts = [part for part in module.modules() if not part.__module__.startswith("torch.nn.")]
     kinds: list[type] = [type(part) for part in parts]
@@ -62,30 +62,47 @@ def _stored(kind: Any) -> frozenset[str]:
 
 @cache
 def _changes_containers(kind: Any) -> bool:
-    """Whether ``forward``, or a method that it calls, changes a list or dict, as far as is seen."""
-    names = {name for code in _reached(kind) for one in _nested(code) for name in one.co_names}
-    return not _CHANGING.isdisjoint(names) or any(map(_stores_items, _reached(kind)))
+    """Whether ``forward``, or a method that it calls, changes a list or dict of its module.
+
+    As far as is seen: ``self.seen.append(x)``, ``self.cache[key] = x``, also by another name that
+    the method gives to ``self.cache``.
+    """
+    return any(map(_changes_own, _reached(kind)))
 
 
-def _stores_items(code: CodeType) -> bool:
-    """Whether code has something like ``self.cache[key] = value``; ``x[mask] = 0`` is none."""
+def _changes_own(code: CodeType) -> bool:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, SyntaxError):
         return True  # not to be seen
-    return any(
-        isinstance(node, ast.Subscript)
-        and isinstance(node.ctx, (ast.Store, ast.Del))
-        and not isinstance(node.value, ast.Name)
-        for node in ast.walk(tree)
-    )
+    own = set(code.co_varnames[:1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and _root(node.value) in own:
+            own |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return any(_root(changed) in own for changed in map(_changed_by, ast.walk(tree)) if changed)
+
+
+def _changed_by(node: ast.AST) -> ast.expr | None:
+    """What a call of a method, or a store under a key, changes."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.value if node.func.attr in _CHANGING else None
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+        return node.value
+    return None
+
+
+def _root(node: ast.expr) -> str | None:
+    """The name that a chain of attributes and keys begins with."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 @cache
 def _reached(kind: Any) -> tuple[CodeType, ...]:
     """The code of ``forward``, and of the methods that it calls."""
     methods = {
-        name: function.__code__
+        name: {function.__code__, inspect.unwrap(function).__code__}  # with decorators or without
         for base in reversed(kind.__mro__)
         if base.__module__.split(".")[0] != "torch"
         for name, function in vars(base).items()
@@ -96,8 +113,9 @@ def _reached(kind: Any) -> tuple[CodeType, ...]:
         name = waiting.pop()
         if name in methods and name not in reached:
             reached.add(name)
-            waiting += [called for code in _nested(methods[name]) for called in code.co_names]
-    return tuple(methods[name] for name in sorted(reached))
+            parts = [part for code in methods[name] for part in _nested(code)]
+            waiting += [called for part in parts for called in part.co_names]
+    return tuple(code for name in reached for code in methods[name])
 
 
 def _stored_by(code: CodeType) -> frozenset[str]:

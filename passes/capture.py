@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,10 +14,11 @@ from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
 from npas_fx.passes.call import CallSignature, flatten_example, read_call
 from npas_fx.passes.call_state import may_keep_state
+from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import merge_modes
-from npas_fx.passes.probes import Probes
+from npas_fx.passes.probes import Changes, Probes
 from npas_fx.passes.refuse_models import refuse_models
 from npas_fx.passes.skeleton import make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
@@ -154,7 +155,12 @@ def _capture_with(
         return ModeGraph(graph=graph, flags=flags, leaves=leaves)
 
     train, evaluate = trace({}), trace({}, is_training=False)
-    _refuse_states(train, evaluate, skeleton)
+
+    @cache
+    def find_changes(is_training: bool) -> Changes | None:
+        return None if probes is None else probes.find_changes(call.run, is_training)
+
+    _refuse_states(train, evaluate, skeleton, find_changes)
     asked = sorted({"", *train.asked_training, *evaluate.asked_training})
     modes: tuple[ModeGraph, ...]
     merged = merge_modes(train, evaluate, trace)
@@ -180,10 +186,11 @@ def _capture_with(
     is_own_code = any(
         not skeleton.get_submodule(p).__module__.startswith("torch.nn.") for p in leaves
     )
-    changed = probes.find_changed(call.run) if probes and is_own_code else frozenset()
+    found = [find_changes(mode) for mode in (True, False)] if is_own_code else []
+    changed = {name for changes in found if changes for name in changes.parameters}
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
-    if len(modes) > 1 and probes is not None:
-        probes.drop_values()  # they live as long as mixtures of modes may be traced
+    if probes is not None:  # they live on where mixtures of modes may be traced
+        probes.drop_values(is_over=len(modes) == 1)
     graphs = [mode.graph for mode in sorted(modes, key=partial(_num_opaque, skeleton))]
     return Capture(
         modes=modes,
@@ -203,7 +210,12 @@ def _trace_no_mixture(flags: Mapping[str, bool]) -> ModeGraph:
     raise UntraceableError({"": "its graph reads the flags itself"})
 
 
-def _refuse_states(train: Trace, evaluate: Trace, skeleton: nn.Module) -> None:
+def _refuse_states(
+    train: Trace,
+    evaluate: Trace,
+    skeleton: nn.Module,
+    find_changes: Callable[[bool], Changes | None],
+) -> None:
     """Refuse to trace, in one mode, what may read there what a call of the other mode has left.
 
     Raises:
@@ -211,7 +223,14 @@ def _refuse_states(train: Trace, evaluate: Trace, skeleton: nn.Module) -> None:
     """
     failed = {**train.failed, **evaluate.failed}
     in_one = train.failed.keys() ^ evaluate.failed.keys()
-    keeping = {path for path in in_one if may_keep_state(skeleton.get_submodule(path))}
+
+    def keeps(path: str) -> bool:
+        changes = find_changes(path in train.failed)
+        if changes is None:
+            return may_keep_state(skeleton.get_submodule(path))
+        return any(is_inside(changed, path) for changed in changes.modules)
+
+    keeping = {path for path in in_one if keeps(path)}
     if keeping:
         raise UntraceableError({path: failed[path] for path in keeping})
 

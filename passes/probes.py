@@ -8,6 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from npas_fx.passes.contexts import SWITCHES
+from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
@@ -41,6 +43,19 @@ RESHAPING = frozenset(
 
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a call of a model has changed.
+
+    Attributes:
+        parameters: names of parameters whose values were set.
+        modules: paths of modules that have something new in their attributes.
+    """
+
+    parameters: frozenset[str]
+    modules: frozenset[str]
 
 
 class Probes:
@@ -76,9 +91,14 @@ class Probes:
         assert self._model is not None
         return copy_with(self._model, lambda _, tensor: self.fake(tensor))
 
-    def drop_values(self) -> None:
-        """Let go of the model and of the example; what needs values is not known from here on."""
-        self._root  # noqa: B018  # made while the model is there
+    def drop_values(self, *, is_over: bool) -> None:
+        """Let go of the model and of the example.
+
+        Args:
+            is_over: nothing is asked any more; else what needs values is not known from here on.
+        """
+        if not is_over:
+            self._root  # noqa: B018  # made while the model is there
         self._model = None
         self._example = {}
 
@@ -107,35 +127,42 @@ class Probes:
             root.get_submodule(path).training = flag
         return root
 
-    def find_changed(self, call: Callable[[nn.Module, Mapping[str, Any]], Any]) -> frozenset[str]:
-        """Names of the parameters that a call of the model changes, in one of the modes.
+    def find_changes(
+        self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
+    ) -> Changes | None:
+        """Find what a call of the model changes, by calling a copy; None where that fails.
 
         Args:
             call: runs a module on inputs by name.
+            is_training: the mode.
         """
-        return frozenset(name for mode in (True, False) for name in self._changed_in(call, mode))
-
-    def _changed_in(
-        self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
-    ) -> Iterator[str]:
         if self._model is None or _is_meta(self._model):
-            return
+            return None
         root = copy_with(self._model, lambda _, tensor: clone(tensor)).train(is_training)
         before = {name: parameter._version for name, parameter in root.named_parameters()}
-        inputs = self.real_inputs(0)
+        state = read_state(root)
         random = RandomState()
         try:
             with torch.no_grad():
-                call(root, inputs)
+                call(root, self.real_inputs(0))
         except Exception:  # the oracle will say so
-            return
+            return None
         finally:
             random.put_back()
-        known = dict(self._model.named_parameters())
-        for name, parameter in root.named_parameters():
-            is_same = parameter._version == before[name]  # which .data does not count
-            if not (is_same and torch.equal(parameter, known[name])):
-                yield name
+        known, now = dict(self._model.named_parameters()), read_state(root)
+        return Changes(
+            parameters=frozenset(
+                name
+                for name, parameter in root.named_parameters()
+                if parameter._version != before[name]  # which .data does not count
+                or not torch.equal(parameter, known[name])
+            ),
+            modules=frozenset(
+                path
+                for path, name in state.keys() | now.keys()
+                if state.get((path, name)) != now.get((path, name))
+            ),
+        )
 
     def real_inputs(self, probe: int) -> dict[str, Any]:
         """The inputs of a probe with values: rows of the example, some of them twice."""

@@ -34,6 +34,9 @@ class CapturedProxy(fx.Proxy):
             raise self.tracer.refusal(
                 "forward makes a parameter, or a module with weights; make it in __init__"
             )
+        if name == "requires_grad":
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+            return
         if name not in _OWN_FIELDS:
             raise self.tracer.refusal(
                 f"forward assigns to the attribute {name!r} of a traced value, which a graph does "

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.passes.call import CallSignature
@@ -17,6 +13,7 @@ from npas_fx.passes.leaves import MODULE_FIELDS
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import is_pure
+from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import note_state
 from npas_fx.passes.tracer import Trace, Tracer
 
@@ -57,20 +54,20 @@ def trace_mode(
 def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
     """Trace, and where a call leaves something behind see that it makes no difference."""
     owned = {id(module): _copy_attributes(module) for module in work.modules()}
-    before = _state(work)
+    before = read_state(work)
     trace = trace_once()
     if "" in trace.failed:
         return trace
     for module in work.modules():
         _forget_pure(module, owned[id(module)])
-    left = _state(work)
+    left = read_state(work)
     if left == before:
         return trace
     # What a call leaves on its modules is harmless only where no later call reads it.
     again = trace_once()
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
-    now = _state(work)
+    now = read_state(work)
     changed = [key for key in left.keys() | now.keys() if left.get(key) != now.get(key)]
     path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
     if name:
@@ -127,32 +124,3 @@ def _first_difference(one: fx.Graph, other: fx.Graph) -> str:
             stack = list(node.meta.get("nn_module_stack", {}).values())
             return stack[-1][0] if stack else ""
     return ""
-
-
-def _state(root: nn.Module) -> dict[tuple[str, str], object]:
-    """What the modules keep in their attributes, in a form that can be compared later."""
-    return {
-        (path, name): _summary(value)
-        for path, module in root.named_modules()
-        for name, value in vars(module).items()
-        if name not in MODULE_FIELDS
-    }
-
-
-def _summary(value: object, depth: int = 0) -> object:
-    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
-        return repr(value)  # NaN differs from itself
-    if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return repr(value.get_state())
-    if isinstance(value, (Mapping, list, tuple, set, frozenset, deque)) and depth < 5:
-        items = value.items() if isinstance(value, Mapping) else value
-        return type(value), [_summary(item, depth + 1) for item in items]
-    return type(value)

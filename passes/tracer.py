@@ -271,8 +271,10 @@ class Tracer(fx.Tracer):
         self.called.add(m)
         for part in m.modules():
             # What a call leaves on the module is not there now: who reads it cannot be traced.
-            for name in attributes_set_by_calls(part) & vars(part).keys():
-                del vars(part)[name]
+            for name in attributes_set_by_calls(part):
+                vars(part).pop(name, None)
+                if self.names.get(id(part._buffers.get(name))) in self.exposed:
+                    del part._buffers[name]
         return super().call_module(m, forward, args, kwargs)
 
     def note_assigned(self, module: nn.Module, name: str) -> None:

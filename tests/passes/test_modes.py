@@ -400,12 +400,20 @@ def test_eval_mode_does_not_keep_what_a_call_in_train_mode_changes():
             self.calls[len(self.calls)] = 1
         return self.fc(x) * len(self.calls)
 
-    for forward, start in ((count, 1), (collect, [1]), (store, {0: 1})):
+    def rename(self, x):
+        calls = self.calls
+        if self.training:
+            random.random()
+            calls.append(1)
+        return self.fc(x) * len(calls)
+
+    for forward, start in ((count, 1), (collect, [1]), (store, {0: 1}), (rename, [1])):
         part = run(forward, fc=nn.Linear(4, 4))
         part.calls = start
         model = nn.Sequential(part, nn.Linear(4, 4))
         x = torch.randn(3, 4)
         assert set(capture(model, x).leaves) == {"0"}
+        assert set(capture(model).leaves) == {"0"}  # as its code says, for want of an example
         emitted = npas_fx.transform(model, 0.9, example_inputs=x, solver="greedy")
         before = emitted.eval()(x)
         emitted.train()(x)
@@ -560,6 +568,40 @@ def test_attention_with_functional_dropout(check, same):
     model = nn.Sequential(*(Attention() for _ in range(3)))
     emitted = check(model, torch.randn(2, 5, 8), others=((torch.randn(3, 7, 8),),))
     partially(model, emitted, "1", same, (torch.randn(2, 5, 8),))
+
+
+def test_hooks_that_a_first_call_installs_are_installed_in_each_trace(check):
+    """As those with which some libraries collect hidden states."""
+
+    class Collects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                run(lambda self, x: self.fc(x), fc=nn.Linear(4, 4)) for _ in range(2)
+            )
+            self.is_hooked, self.seen = False, None
+
+        def forward(self, x):
+            if not self.is_hooked:
+                for layer in self.layers:
+                    layer.register_forward_hook(lambda m, args, output: self.seen.append(output))
+                self.is_hooked = True
+            self.seen = []
+            for layer in self.layers:
+                x = layer(x)
+            seen, self.seen = self.seen, None
+            return x, len(seen), seen[-1] if self.training else seen[0].relu()
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = Collects()
+
+        def forward(self, x):
+            return self.inside(x)
+
+    emitted = check(Around(), torch.randn(3, 4))
+    assert emitted(torch.randn(3, 4))[1] == 2
 
 
 @pytest.mark.parametrize("kind", [Block, Branch])

@@ -1,6 +1,7 @@
 """Opaque calls: the module's own code runs with the weights that are handed in, and keeps none."""
 
 import copy
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -272,3 +273,34 @@ def test_a_thread_waits_for_the_slots_of_the_other():
         thread.join()
     for k in (0, 1):
         assert torch.equal(results[k], nn.functional.linear(value, weights[k], waits.bias))
+
+
+def test_what_a_decorated_forward_leaves_behind_is_seen(check):
+    """Its own code assigns; that of the decorator does not."""
+
+    def decorated(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Leaves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.last = nn.Linear(4, 4), torch.zeros(3, 4)
+
+        @decorated
+        def forward(self, x):
+            self.last = self.fc(x)
+            return self.last if self.last.sum() > 0 else -self.last
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaves, self.fc = Leaves(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.leaves(x)) + self.leaves.last
+
+    check(nn.Sequential(Reads()), torch.randn(3, 4))

@@ -318,11 +318,6 @@ def assigns_data(self, x):
     return self.run(x) * self.count
 
 
-def assigns_requires_grad(self, x):
-    x.requires_grad = True
-    return self.run(x)
-
-
 def rebinds_a_buffer(self, x):
     self.count = self.count + 1
     return self.run(x) * self.count
@@ -426,7 +421,6 @@ NOT_TRACED = {
     swallows_a_number: "Python number",
     loops: "loops over a value",
     assigns_data: "attribute 'data' of a traced value",
-    assigns_requires_grad: "attribute 'requires_grad'",
     rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
     custom_function: "autograd.Function Double",
     python_random: "random numbers in Python",
@@ -769,3 +763,14 @@ def test_weights_that_a_called_module_changes_stay_plain(way, check):
     assert not model[0].is_done
     emitted = npas_fx.transform(model, 0.95, example_inputs=x())
     torch.testing.assert_close(emitted.eval()(value := x()), emitted(value))
+
+
+def test_an_assignment_to_requires_grad_is_recorded(check):
+    def forward(self, value):
+        start = value * 1
+        start.requires_grad = True
+        (slope,) = torch.autograd.grad(start.pow(2).sum(), start, create_graph=True)
+        return self.run(slope)
+
+    assert not capture(net(forward), x()).leaves
+    check(net(forward), x())
