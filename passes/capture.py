@@ -178,14 +178,20 @@ def _capture_with(
         further = {path: why for path, why in made.leaves.items() if path not in leaves}
         if not mixed.asked_training <= flags.keys():
             further[""] = "it depends on the mode of further modules"
+        if not _find_constants(made.graph, work, skeleton).keys() <= constants.keys():
+            further[""] = "it reads further tensors"
         if further:
             raise UntraceableError(further)
         return made
 
     leaves = _all_leaves(modes)
-    is_own_code = any(
-        not skeleton.get_submodule(p).__module__.startswith("torch.nn.") for p in leaves
-    )
+    constants = {
+        path: constant
+        for mode in modes
+        for path, constant in _find_constants(mode.graph, work, skeleton).items()
+    }
+    opaque = [skeleton.get_submodule(each.path) for each in list_opaque(leaves, skeleton)]
+    is_own_code = any(not module.__module__.startswith("torch.nn.") for module in opaque)
     found = [find_changes(mode) for mode in (True, False)] if is_own_code else []
     changed = {name for changes in found if changes for name in changes.parameters}
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
@@ -197,11 +203,7 @@ def _capture_with(
         trace=trace_mixture if len(modes) > 1 else _trace_no_mixture,
         inventory=take_inventory(graphs, leaves, skeleton, model, changed),
         call=replace(call, types={**call.types, **assumed}),
-        constants={
-            path: constant
-            for mode in modes
-            for path, constant in _find_constants(mode.graph, work, skeleton).items()
-        },
+        constants=constants,
         skeleton=skeleton,
     )
 
