@@ -60,7 +60,7 @@ def main() -> None:
                 f"{number}/{len(missing)} {row['name']}: {row['error'] or 'ok'}"[:160], flush=True
             )
     if args.write:
-        args.write.write_text(write_page(read_rows(args.rows)), encoding="utf-8")
+        args.write.write_text(write_page(read_rows(args.rows), len(list_names())), encoding="utf-8")
 
 
 def _is_wanted(name: str, only: list[str] | None) -> bool:
@@ -111,8 +111,8 @@ def run_one(name: str, gigabytes: int) -> Row:
         return {"name": name, "error": f"{type(err).__name__}: {said[0]}"[:200]}
 
 
-def write_page(rows: Mapping[str, Row]) -> str:
-    """Write the support matrix."""
+def write_page(rows: Mapping[str, Row], total: int) -> str:
+    """Write the support matrix of those of ``total`` architectures that have a row."""
     import timm
     import torch
     import torchvision
@@ -136,6 +136,7 @@ def write_page(rows: Mapping[str, Row]) -> str:
         "",
         f"- {datetime.now(timezone.utc):%Y-%m-%d}, commit {commit}, Python "
         f"{platform.python_version()}, {versions}",
+        f"- {len(rows)} of {total} architectures have been run",
         "",
         "Each architecture, with random weights, is transformed at 30 % and at 150 % of its size "
         "(or at the smallest budget it has), and compared with its own code that is given the "
