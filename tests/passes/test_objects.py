@@ -129,7 +129,18 @@ class Data:
         (np.float64(1), False),
         (len, False),
     ],
-    ids=str,
+    ids=[
+        "object",
+        "dataclass",
+        "enum",
+        "class",
+        "tensor",
+        "module",
+        "dtype",
+        "dict",
+        "number",
+        "builtin",
+    ],
 )
 def test_plain_objects(value, is_plain):
     assert is_plain_object(value) is is_plain
