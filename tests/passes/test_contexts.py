@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import npas_fx
+from npas_fx.passes import contexts
 from npas_fx.passes.capture import capture
 from npas_fx.passes.contexts import SWITCHES
 from two_layers import net, x
@@ -127,6 +128,27 @@ def test_a_module_that_fails_inside_is_called_inside(check):
     check(model, x())
 
 
+def test_a_copy_that_is_run_halfway_leaves_nothing_behind():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, value):
+            value = self.fc(value)
+            return (value, value * 2) if value.sum() < 1e9 else (-value, value)
+
+    def forward(self, value):
+        with torch.autocast("cpu", enabled=False):
+            one, _ = self.asks(self.b(self.a(value)))
+        return self.b(self.a(one))
+
+    model = net(forward)
+    model.asks = Asks()
+    assert capture(model, x()).leaves.keys() == {"asks"}
+    assert not contexts._here.entered
+
+
 @EACH
 def test_torch_compile_needs_one_graph(forward):
     value = x()
@@ -140,10 +162,11 @@ def test_torch_compile_needs_one_graph(forward):
     "make",
     [
         lambda: torch.set_grad_enabled(False),
+        lambda: torch.set_grad_enabled(True),  # the caller may have switched them off
         lambda: torch.inference_mode(),
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     ],
-    ids=["set_grad_enabled", "inference_mode", "autocast"],
+    ids=["off", "on", "inference_mode", "autocast"],
 )
 def test_other_contexts_make_a_call(make):
     def forward(self, value):
