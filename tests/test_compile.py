@@ -249,7 +249,10 @@ NIGHTLY = ("resnet50", "regnety_002", "hrnet_w18_small", "mobilenetv3_small_100"
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in NIGHTLY)) for name in SHORT],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in NIGHTLY else pytest.mark.zoo)
+        for name in SHORT
+    ],
 )
 def test_timm_with_few_layers(name):
     found = compare(in_float64(Example(SHORT[name], zoo.ZOO[name].draw)))
