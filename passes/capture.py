@@ -241,7 +241,7 @@ def _all_leaves(modes: Sequence[ModeGraph]) -> dict[str, str]:
     """Path of each module that is a call -> why, and in which mode if not in both."""
     leaves = {path: why for mode in modes for path, why in mode.leaves.items()}
     for path, why in leaves.items():
-        inside = [path in mode.leaves for mode in modes]
+        inside = [any(is_inside(path, leaf) for leaf in mode.leaves) for mode in modes]
         if not all(inside):
             leaves[path] = f"{why} (in {'train' if inside[0] else 'eval'} mode only)"
     return leaves

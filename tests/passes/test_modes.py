@@ -5,6 +5,7 @@ import gc
 import inspect
 import operator
 import random
+import types
 import weakref
 
 import pytest
@@ -373,6 +374,11 @@ def test_a_root_that_cannot_be_traced_in_one_mode(check):
     for model in (LayerDrop(), run(lambda self, x: self.drops(x), drops=LayerDrop())):
         emitted = check(model, torch.randn(3, 4))
         assert len(emission_of(emitted).capture.modes) == 2
+    model = run(lambda self, x: self.norm(self.fc(x)), fc=nn.Linear(4, 4), norm=nn.LayerNorm(4))
+    model = nn.Sequential(LayerDrop(), model)
+    model.forward = types.MethodType(lambda self, x: self[1](LayerDrop.forward(self[0], x)), model)
+    reasons = {kept.reason for kept in capture(model, torch.randn(3, 4)).inventory.kept}
+    assert reasons == {"bias", "norm (LayerNorm)"}  # the norm is in a call in the other mode
     root = check(LayerDrop(), torch.randn(3, 4))
     assert isinstance(root, LayerDrop)
     npas_fx.materialize(root)
