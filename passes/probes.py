@@ -320,14 +320,15 @@ class RealValues:
         self._root = root = self._root or self.probes.real_root()
         if root is None:
             raise ValueError("the model has no values")
-        known = self._known.setdefault(probe, {})
-        inputs = self.probes.real_inputs(probe)
+        if probe not in self._known:
+            inputs = self.probes.real_inputs(probe)
+            given = [each for each in node.graph.nodes if each.op == "placeholder"]
+            self._known[probe] = {each: inputs.get(str(each.target)) for each in given}
+        known = self._known[probe]
         random = RandomState()
         try:
             for each in node.graph.nodes:
-                if each.op == "placeholder":
-                    known.setdefault(each, inputs.get(str(each.target)))
-                elif each.target in SWITCHES:
+                if each.target in SWITCHES:
                     known[each] = None  # else they would have to be left again
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)

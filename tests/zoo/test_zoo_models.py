@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import run_zoo
-from zoo_all import TABLES, find
+from zoo_all import find
 from zoo_check import check
 
 pytestmark = pytest.mark.zoo
@@ -51,7 +51,6 @@ def test_all_checks_hold(name):
     assert row["opaque_train"] <= train
     assert row["opaque_eval"] <= evaluate
     assert row["generated"] > 0.5
-    assert name.partition("/")[0] in TABLES
 
 
 def test_a_failed_row_is_kept_and_the_next_run_goes_on(tmp_path):
