@@ -15,7 +15,8 @@ from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
 from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
-from npas_fx.passes.emit import EmittedModule, emission_of, emit
+from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
+from npas_fx.passes.emit import emit as emit_module
 from npas_fx.passes.skeleton import clone, copy_with, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules
@@ -38,6 +39,8 @@ def transform(
     profile: str | Profiler = "structure",
     generators: Sequence[str | Generator] | None = None,
     solver: str | Solver = "cp_sat",
+    emit: str = "graph",
+    on_guard: str = "error",
     verify: bool = True,
     seed: int = 0,
 ) -> EmittedModule:
@@ -59,6 +62,11 @@ def transform(
         profile: name of a profile, or a function from an inventory to a profile.
         generators: names or objects of the generators that banks may follow; by default all.
         solver: name of a solver, or a function from a planning problem to a selection.
+        emit: ``"graph"`` for one small module that runs the captured graph, or ``"module"`` for an
+            instance of the model's own class: its methods, attributes and ``isinstance`` work, and
+            its modules read weights that are generated as they are read.
+        on_guard: what a graph does where it was not captured for a call: ``"error"`` raises
+            ``GuardError``, ``"fallback"`` runs the code of the model's class, which is then kept.
         verify: whether to run the original and the result on the example inputs, in both modes.
         seed: of the new banks.
 
@@ -76,7 +84,8 @@ def transform(
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    options = EmitOptions(emit=emit, on_guard=on_guard)
+    captured = _capture(model, example_inputs, example_kwargs, options)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -85,7 +94,7 @@ def transform(
         same_bank=same_bank,
     )
     chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
-    emitted = _emit(model, captured, chosen, generators, seed)
+    emitted = _emit(model, captured, chosen, generators, seed, options)
     if verify and (example_inputs is not None or example_kwargs is not None):
         run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
     return emitted
@@ -104,6 +113,8 @@ def plan(
     profile: str | Profiler = "structure",
     generators: Sequence[str | Generator] | None = None,
     solver: str | Solver = "cp_sat",
+    emit: str = "graph",
+    on_guard: str = "error",
 ) -> Plan:
     """Choose which weights of a model share which bank under a budget.
 
@@ -112,7 +123,8 @@ def plan(
     Returns:
         The plan: print it, write it with ``to_json``, edit it, and hand it to ``apply``.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    options = EmitOptions(emit=emit, on_guard=on_guard)
+    captured = _capture(model, example_inputs, example_kwargs, options)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -158,6 +170,8 @@ def apply(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     generators: Sequence[str | Generator] | None = None,
+    emit: str = "graph",
+    on_guard: str = "error",
     verify: bool = True,
     seed: int = 0,
 ) -> EmittedModule:
@@ -169,6 +183,8 @@ def apply(
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
         generators: those of the plan that are not built in.
+        emit: as for ``transform``; the same for the plan.
+        on_guard: likewise.
         verify: as for ``transform``.
         seed: of the new banks.
 
@@ -177,11 +193,22 @@ def apply(
         CaptureError: as for ``transform``.
         VerificationError: as for ``transform``.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
-    emitted = _emit(model, captured, plan, generators, seed)
+    options = EmitOptions(emit=emit, on_guard=on_guard)
+    captured = _capture(model, example_inputs, example_kwargs, options)
+    emitted = _emit(model, captured, plan, generators, seed, options)
     if verify and (example_inputs is not None or example_kwargs is not None):
         run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
     return emitted
+
+
+def _capture(
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    options: EmitOptions,
+) -> Capture:
+    given = _refuse_emitted(model), example_inputs, example_kwargs
+    return capture(*given, keeps_code=options.keeps_code)
 
 
 def _emit(
@@ -190,6 +217,7 @@ def _emit(
     plan: Plan,
     generators: Sequence[str | Generator] | None,
     seed: int,
+    options: EmitOptions,
 ) -> EmittedModule:
     known = resolve_generators(generators)
     check_plan(plan, captured.inventory, known)
@@ -203,7 +231,7 @@ def _emit(
     give_birth(banks, plan, weights, seed)
     shared = {name for bank in plan.banks if not bank.is_dedicated for name in bank.sites}
     store = copy_with(model, lambda name, t: empty_like(t, "meta") if name in shared else clone(t))
-    return emit(captured, plan, store, banks)
+    return emit_module(captured, plan, store, banks, options)
 
 
 def plan_of(shared: nn.Module) -> Plan:
@@ -314,7 +342,8 @@ def load(
     """
     read = storage.read_plan(folder)
     storage.refuse_meta_constants(model)
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    options = storage.read_options(folder)
+    captured = _capture(model, example_inputs, example_kwargs, options)
     storage.check_report(folder, captured)
     known = resolve_generators(generators)
     check_plan(read, captured.inventory, known)
@@ -328,7 +357,7 @@ def load(
     is_meta = any(site.device.type == "meta" for site in captured.inventory.sites)
     device = torch.device("cpu") if is_meta else None
     banks = build_banks(read, captured.inventory, known, device)
-    emitted = emit(captured, read, copy_with(model, allocate), banks)
+    emitted = emit_module(captured, read, copy_with(model, allocate), banks, options)
     storage.fill_tensors(emitted, folder)
     return emitted
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from npas_fx.banks import Bank
 from npas_fx.errors import PlanError, StorageError
 from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
-from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
 
 PLAN, CAPTURE, WEIGHTS = "plan.json", "capture.json", "weights.safetensors"
 
@@ -28,7 +29,8 @@ def write_folder(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
     target = Path(folder)
     emission = emission_of(module)
     plan = emission.plan.to_json()
-    report = json.dumps(emission.capture.report(), indent=2, ensure_ascii=False) + "\n"
+    captured = {**emission.capture.report(), "options": asdict(emission.options)}
+    report = json.dumps(captured, indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
     # One entry: safetensors writes several in any order.
     metadata = {"npas_fx": json.dumps({PLAN: _digest(plan), CAPTURE: _digest(report)})}
@@ -83,6 +85,11 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
         raise StorageError(f"{source / PLAN}: {err}") from err
 
 
+def read_options(folder: str | os.PathLike[str]) -> EmitOptions:
+    """Read how the module in a folder was emitted."""
+    return EmitOptions(**json.loads(_read_text(Path(folder) / CAPTURE)).get("options", {}))
+
+
 def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
     """Refuse a model that is captured differently from the one that was saved.
 
@@ -90,6 +97,7 @@ def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
         StorageError: with the first differences.
     """
     saved = json.loads(_read_text(Path(folder) / CAPTURE))
+    saved.pop("options", None)
     found = json.loads(json.dumps(capture.report()))
     differences = []
     for section in saved.keys() | found.keys():

@@ -92,7 +92,11 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    keeps_code: bool = False,
 ) -> Capture:
     """Turn a model into a graph and an inventory; the model is not run and not changed.
 
@@ -104,6 +108,8 @@ def capture(
         model: any module; it may be on the meta device.
         example_inputs: positional arguments that say which arguments of ``forward`` are given.
         example_kwargs: the same for keyword arguments.
+        keeps_code: whether the model's own code is to run on generated weights; what it reads
+            behind torch's back, or changes in place, then stays plain.
 
     Raises:
         CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike.
@@ -115,7 +121,7 @@ def capture(
     reasons: dict[str, str] = {}
     while True:
         try:
-            return _capture_with(model, skeleton, call, reasons, probes)
+            return _capture_with(model, skeleton, call, reasons, probes, keeps_code)
         except UntraceableError as err:
             for path, reason in err.reasons.items():
                 while path in reasons:  # it is a call already: then what is around it has to be
@@ -129,6 +135,7 @@ def _capture_with(
     call: CallSignature,
     reasons: Mapping[str, str],
     probes: Probes | None,
+    keeps_code: bool,
 ) -> Capture:
     """Capture a model, parts of which stay calls.
 
@@ -192,7 +199,7 @@ def _capture_with(
     }
     opaque = [skeleton.get_submodule(each.path) for each in list_opaque(leaves, skeleton)]
     is_own_code = any(not module.__module__.startswith("torch.nn.") for module in opaque)
-    found = [find_changes(mode) for mode in (True, False)] if is_own_code else []
+    found = [find_changes(mode) for mode in (True, False)] if is_own_code or keeps_code else []
     changed = {name for changes in found if changes for name in changes.parameters}
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     if probes is not None:  # they live on where mixtures of modes may be traced
@@ -201,7 +208,7 @@ def _capture_with(
     return Capture(
         modes=modes,
         trace=trace_mixture if len(modes) > 1 else _trace_no_mixture,
-        inventory=take_inventory(graphs, leaves, skeleton, model, changed),
+        inventory=take_inventory(graphs, leaves, skeleton, model, changed, keeps_code),
         call=replace(call, types={**call.types, **assumed}),
         constants=constants,
         skeleton=skeleton,

@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from npas_fx.banks import Bank
-from npas_fx.errors import GuardError, RewriteError, UntraceableError
+from npas_fx.errors import GuardError, NPASError, RewriteError, UntraceableError
 from npas_fx.ir import Plan
+from npas_fx.passes.banks_aside import BanksAside, live_weights_of, put_aside
 from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import Capture, ModeGraph
 from npas_fx.passes.contexts import leave_on_error
+from npas_fx.passes.fall_back import changed_before_guards, fall_back
+from npas_fx.passes.live_weights import LiveWeights, bind
 from npas_fx.passes.opaque import empty_slots, lend
 from npas_fx.passes.pipeline import rewrite
 
 _STATE = "_npas_fx"
 _SOURCES = count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmitOptions:
+    """How a module is emitted.
+
+    Attributes:
+        emit: ``"graph"``, or ``"module"`` for the user's own class over the banks.
+        on_guard: of a graph, what it does where it was not captured for a call: ``"error"``, or
+            ``"fallback"`` to the code of the user's class.
+    """
+
+    emit: str = "graph"
+    on_guard: str = "error"
+
+    def __post_init__(self) -> None:
+        for name, values in (("emit", ("graph", "module")), ("on_guard", ("error", "fallback"))):
+            if getattr(self, name) not in values:
+                known = ", ".join(map(repr, values))
+                raise NPASError(f"{name}={getattr(self, name)!r} is not known; there are {known}")
+
+    @property
+    def keeps_code(self) -> bool:
+        """Whether the code of the user's class may run on generated weights."""
+        return self.emit == "module" or self.on_guard == "fallback"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +62,14 @@ class Emission:
         capture: what it was made from.
         banks: name of the submodule that holds the banks.
         bank_of: name of a shared site -> its bank's name in there and its place in the bank.
+        options: how it was emitted.
     """
 
     plan: Plan
     capture: Capture
     banks: str
     bank_of: Mapping[str, tuple[str, int]]
+    options: EmitOptions
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emission:
         return self
@@ -77,6 +108,9 @@ class EmittedModule(nn.Module):
         )
 
 
+_BY_GRAPH = EmitOptions()
+
+
 def emission_of(module: EmittedModule) -> Emission:
     """What an emitted module knows about itself."""
     emission: Emission = vars(module)[_STATE]
@@ -92,9 +126,13 @@ def choose_bank_name(model: nn.Module) -> str:
 
 
 def emit(
-    capture: Capture, plan: Plan, store: nn.Module, banks: Mapping[str, Bank]
+    capture: Capture,
+    plan: Plan,
+    store: nn.Module,
+    banks: Mapping[str, Bank],
+    options: EmitOptions = _BY_GRAPH,
 ) -> EmittedModule:
-    """Make the module that runs the captured graph with generated weights.
+    """Make the module that computes what the model did, with generated weights.
 
     Args:
         capture: of the model.
@@ -102,6 +140,7 @@ def emit(
         store: a copy of the model that the emitted module may own; the values of shared sites in
             it are not used.
         banks: name of each bank -> the bank, in the order of the plan's shared banks.
+        options: by default the module runs the captured graph.
     """
     shared = [bank for bank in plan.banks if not bank.is_dedicated]
     prefix = choose_bank_name(store)
@@ -112,40 +151,57 @@ def emit(
         for place, site in enumerate(bank.sites)
     }
     sites_of = {f"{prefix}.{name}": b.sites for name, b in zip(names, shared, strict=True)}
-    names_of = {
-        site.name: (site.name, *site.aliases)
+    site_of = {
+        name: site.name
         for site in capture.inventory.sites
         if site.name in bank_of
+        for name in (site.name, *site.aliases)
     }
     read = {str(n.target) for m in capture.modes for n in m.graph.nodes if n.op == "get_attr"}
     for site in sorted(bank_of.keys() - read):
         raise RewriteError(f"{site} of bank {bank_of[site][0]} is not read in any graph")
-    generated = frozenset(name for names in names_of.values() for name in names)
-    forward = _make_forward(capture, sites_of, type(store), names_of)
-    if "" in capture.leaves:
-        module = _keep_class(store, forward)
-        empty_slots(module, sorted(generated))
+    owner = nn.ModuleDict(banks)
+    owner.train(store.training)
+    live = LiveWeights(owner, bank_of)
+    module: EmittedModule
+    if options.emit == "module":
+        bind(store, live, site_of, (EmittedModule, BanksAside))
+        module = cast(EmittedModule, store)
+    elif options.keeps_code or "" in capture.leaves:
+        empty_slots(store, sorted(site_of))
+        module = _keep_class(store, _make_forward(capture, sites_of, type(store), site_of, options))
     else:
+        forward = _make_forward(capture, sites_of, type(store), site_of, options)
         module = _new_module(type(store).__name__, forward)
-        _mirror(store, "", module, capture.leaves, generated, {})
-    for path, constant in capture.constants.items():
-        owner, _, name = path.rpartition(".")
-        module.get_submodule(owner).register_buffer(name, constant.clone(), persistent=False)
-    if banks:
-        module.add_module(prefix, nn.ModuleDict(banks))
-        module.get_submodule(prefix).train(store.training)
-    emission = Emission(plan=plan, capture=capture, banks=prefix, bank_of=bank_of)
-    vars(module)[_STATE] = emission
+        _mirror(store, "", module, capture.leaves, frozenset(site_of), {})
+    if isinstance(module, BanksAside):
+        put_aside(module, prefix, live)
+    elif banks:
+        module.add_module(prefix, owner)
+    if options.emit == "graph":
+        _register_constants(module, capture.constants)
+    vars(module)[_STATE] = Emission(
+        plan=plan, capture=capture, banks=prefix, bank_of=bank_of, options=options
+    )
     if not hasattr(module, "plan"):
         vars(module)["plan"] = plan
     return module
+
+
+def _register_constants(module: EmittedModule, constants: Mapping[str, Tensor]) -> None:
+    for path, constant in constants.items():
+        path, _, name = path.rpartition(".")
+        owner = module.get_submodule(path)
+        if not hasattr(owner, name):  # as an attribute of the user's own class
+            owner.register_buffer(name, constant.clone(), persistent=False)
 
 
 def _make_forward(
     capture: Capture,
     sites_of: Mapping[str, Sequence[str]],
     kind: type[nn.Module],
-    names_of: Mapping[str, Sequence[str]],
+    site_of: Mapping[str, str],
+    options: EmitOptions,
 ) -> Callable[..., Any]:
     """Make ``forward``: of the graph of both modes, or of that of the mode at each call.
 
@@ -153,18 +209,31 @@ def _make_forward(
         capture: of the model.
         sites_of: bank path -> the site names that it generates, in the bank's order.
         kind: class of the model.
-        names_of: name of each generated weight -> all names that it has in the model.
+        site_of: every name of a generated weight in the model -> its site.
+        options: of the emission.
     """
+    whole = _lend_all(kind, site_of) if site_of else kind.forward
 
     def write(mode: ModeGraph) -> Callable[..., Any]:
         if "" in mode.leaves:
-            return _lend_all(kind, names_of) if names_of else kind.forward
+            return whole
         filename = f"<npas_fx graph {next(_SOURCES)} of {kind.__name__}>"
         graph = rewrite(mode.graph, sites_of)
         return leave_on_error(make_forward(capture.call, graph, filename), graph)
 
     if len(capture.modes) == 1:
-        return write(capture.modes[0])
+        forward = write(capture.modes[0])
+    else:
+        forward = _choose_by_mode(capture, write)
+    if options.on_guard == "error":
+        return forward
+    changed = [changed_before_guards(mode.graph, capture.skeleton) for mode in capture.modes]
+    return fall_back(forward, whole, sorted(set().union(*changed)))
+
+
+def _choose_by_mode(
+    capture: Capture, write: Callable[[ModeGraph], Callable[..., Any]]
+) -> Callable[..., Any]:
     paths = list(capture.modes[0].flags)
     code_of = {tuple(mode.flags.values()): write(mode) for mode in capture.modes}
 
@@ -192,20 +261,17 @@ def _trace_mixture(capture: Capture, flags: Mapping[str, bool]) -> ModeGraph:
         ) from err
 
 
-def _lend_all(kind: type[nn.Module], names_of: Mapping[str, Sequence[str]]) -> Callable[..., Any]:
+def _lend_all(kind: type[nn.Module], site_of: Mapping[str, str]) -> Callable[..., Any]:
     """Make a ``forward`` that runs the one of the model's class, with generated weights."""
 
+    @functools.wraps(kind.forward)
     def forward(self: EmittedModule, *args: Any, **kwargs: Any) -> Any:
-        emission = emission_of(self)
-        banks = self.get_submodule(emission.banks)
-        made = {name: bank() for name, bank in banks.named_children()}
-        names, weights = [], []
-        for site, (bank, place) in emission.bank_of.items():
-            for name in names_of[site]:
-                names.append(name)
-                weights.append(made[bank][place])
-        with lend(self, names, weights):
-            return kind.forward(self, *args, **kwargs)
+        assert isinstance(self, BanksAside)
+        live = live_weights_of(self)
+        with live.call(is_forward=True):
+            weights = [live.read(site) for site in site_of.values()]
+            with lend(self, list(site_of), weights):
+                return kind.forward(self, *args, **kwargs)
 
     return forward
 
@@ -214,7 +280,7 @@ def _keep_class(store: nn.Module, forward: Callable[..., Any]) -> EmittedModule:
     """Make an emitted module of the model itself, which goes on as an instance of its class."""
     kind = type(store)
     members = {"__module__": __name__, "forward": forward}
-    store.__class__ = type(f"Shared{kind.__name__}", (EmittedModule, kind), members)
+    store.__class__ = type(f"Shared{kind.__name__}", (EmittedModule, BanksAside, kind), members)
     assert isinstance(store, EmittedModule)
     return store
 

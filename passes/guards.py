@@ -11,8 +11,15 @@ from torch import fx
 
 from npas_fx.errors import GuardError
 
+
+def _is_true(value: Any) -> bool:
+    # Not bool(value): comparing that with a constant fails in torch.compile (torch 2.13) where it
+    # depends on a size that may vary.
+    return True if value else False  # noqa: SIM210
+
+
 QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
-    "bool": bool,
+    "bool": _is_true,
     "int": int,
     "float": float,
     "len": len,

@@ -36,6 +36,7 @@ def take_inventory(
     skeleton: nn.Module,
     model: nn.Module,
     changed: Collection[str] = (),
+    keeps_code: bool = False,
 ) -> Inventory:
     """List each parameter once: as a site, or as kept with the reason.
 
@@ -46,6 +47,7 @@ def take_inventory(
         skeleton: the model without its values.
         model: says on which device each parameter is.
         changed: names of parameters that calls are known to change in place.
+        keeps_code: whether the model's own code may run, as if it were one call.
     """
     reads_of: dict[str, list[fx.Node]] = defaultdict(list)
     first: dict[str, fx.Graph] = {}
@@ -64,7 +66,7 @@ def take_inventory(
     }
     hidden = {
         id(parameter)
-        for path in leaves
+        for path in ([""] if keeps_code else leaves)
         for parameter in hidden_parameters(skeleton.get_submodule(path))
     }
     parameters = dict(skeleton.named_parameters())
@@ -177,7 +179,7 @@ def _why_kept(
     if is_vector:
         return "vector"
     if is_hidden:
-        return "read behind torch's back, from a list or closure, by a module that stays a call"
+        return "read behind torch's back, from a list or closure, by code that is called"
     if is_changed or any(map(is_mutated, reads)):
         return "changed in place"
     lookups = [_lookup_options(user) for user in _uses(reads)]

@@ -43,7 +43,7 @@ def lend(leaf: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> It
         with _fill(leaf, names, weights):
             yield
         return
-    with _lock_of(leaf), _without_checkpoints():
+    with _lock_of(leaf), without_checkpoints():
         try:
             with _fill(leaf, names, weights):
                 forget_weights(leaf)
@@ -133,7 +133,7 @@ _found: tuple[Any, Any] = (None, None)
 
 
 @contextmanager
-def _without_checkpoints() -> Iterator[None]:
+def without_checkpoints() -> Iterator[None]:
     """Run what ``torch.utils.checkpoint`` is given at once, and keep its results for backward.
 
     It would run it again in backward, when the weights are no longer in their slots, and the

@@ -50,6 +50,8 @@ def check(case: Case) -> dict[str, Any]:
         modes = [mode for mode, ran in ((True, trains), (False, True)) if ran]
         with torch.set_grad_enabled(runs_backward):
             assert_same(shared, model, *others, modes=modes, by_copy=True, share=1e-3)
+        if budget == BUDGETS[0]:
+            _same_as_own_class(shared, model, (args, kwargs), others, modes, runs_backward)
         if trains and runs_backward:
             _step(copy.deepcopy(shared), others)
         _round_trips(shared, model, (args, kwargs), others)
@@ -118,6 +120,25 @@ def _step(shared: nn.Module, inputs: tuple[Any, Any]) -> None:
     moved = [n for n, p in shared.named_parameters() if not torch.equal(p, before[n])]
     assert moved
     assert all(p.isfinite().all() for p in shared.parameters())
+
+
+def _same_as_own_class(
+    shared: nn.Module,
+    model: nn.Module,
+    example: tuple[Any, Any],
+    inputs: tuple[Any, Any],
+    modes: list[bool],
+    runs_backward: bool,
+) -> None:
+    """The user's own class over the same banks is the same."""
+    plan = npas_fx.plan_of(shared)
+    given = {"example_inputs": example[0], "example_kwargs": example[1], "verify": False}
+    own = npas_fx.apply(model, plan, emit="module", **given)
+    assert isinstance(own, type(model))
+    assert own.state_dict().keys() == shared.state_dict().keys()
+    own.load_state_dict(shared.state_dict())
+    with torch.set_grad_enabled(runs_backward):
+        assert_same(own, model, *inputs, modes=modes, by_copy=True, share=1e-3)
 
 
 def _round_trips(
