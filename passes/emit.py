@@ -20,7 +20,8 @@ from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import Capture, ModeGraph
 from npas_fx.passes.contexts import leave_on_error
 from npas_fx.passes.fall_back import changed_before_guards, fall_back
-from npas_fx.passes.live_weights import LiveWeights, bind
+from npas_fx.passes.live_classes import bind, names_of
+from npas_fx.passes.live_weights import LiveWeights
 from npas_fx.passes.opaque import empty_slots, lend
 from npas_fx.passes.pipeline import rewrite
 
@@ -279,8 +280,8 @@ def _lend_all(kind: type[nn.Module], site_of: Mapping[str, str]) -> Callable[...
 def _keep_class(store: nn.Module, forward: Callable[..., Any]) -> EmittedModule:
     """Make an emitted module of the model itself, which goes on as an instance of its class."""
     kind = type(store)
-    members = {"__module__": __name__, "forward": forward}
-    store.__class__ = type(f"Shared{kind.__name__}", (EmittedModule, BanksAside, kind), members)
+    members = {**names_of(kind), "forward": forward}
+    store.__class__ = type(kind.__name__, (EmittedModule, BanksAside, kind), members)
     assert isinstance(store, EmittedModule)
     return store
 
