@@ -106,7 +106,9 @@ class _Call:
 
 
 class _Here(threading.local):
-    call: _Call | None = None  # the outermost one that this thread is in
+    def __init__(self) -> None:
+        # Set, not a default of the class: torch.compile guards which attributes there are.
+        self.call: _Call | None = None  # the outermost one that this thread is in
 
 
 class _Made:

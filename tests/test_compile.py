@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import zoo  # isort: skip  # before timm: it makes torchvision importable
 
-import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,13 +15,11 @@ import torch
 from timm.models import efficientnet, hrnet, mlp_mixer, mobilenetv3
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported, UserError
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
-from models import GPT, MODELS, Example, TextClassifier, loss_of
+from compilation import Counts, compare, measure
+from models import GPT, MODELS, Example, TextClassifier
 from npas_fx import transform
-from oracle import assert_close, largest, seeded
+from oracle import seeded
 
 
 @pytest.fixture(autouse=True)
@@ -31,123 +27,6 @@ def _fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-# The second call of the first size must find what the first has compiled.
-BATCH_SIZES = (3, 3, 5)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What torch._dynamo counted.
-
-    Attributes:
-        graphs: that it gave to the backend.
-        recompilations: of a function that it had compiled before, with or without a graph in it.
-    """
-
-    graphs: int
-    recompilations: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A plain model and its emitted module, compiled the same way.
-
-    Attributes:
-        is_whole: whether the plain model compiles with ``fullgraph=True``; then both were.
-        plain: of the model.
-        emitted: of the emitted module.
-    """
-
-    is_whole: bool
-    plain: Counts
-    emitted: Counts
-
-    def assert_no_more(self) -> None:
-        assert self.plain.graphs > 0
-        assert self.emitted.graphs <= self.plain.graphs
-        assert self.emitted.recompilations <= self.plain.recompilations
-
-
-def run(module: nn.Module, call: Callable[..., Any], example: Example) -> list[dict[str, Tensor]]:
-    """Train with a step after each batch, then evaluate.
-
-    Args:
-        module: owns the tensors.
-        call: runs it.
-        example: has the inputs.
-
-    Returns:
-        For each call the outputs, in train mode the gradients of all parameters, and all buffers.
-    """
-    results = []
-    for is_training in (True, False):
-        module.train(is_training)
-        for batch_size in BATCH_SIZES:
-            inputs = example.inputs(batch_size)
-            with torch.set_grad_enabled(is_training):
-                output = seeded(partial(call, *inputs))
-            outputs = output if isinstance(output, tuple) else (output,)
-            result = {f"output {k}": value.detach() for k, value in enumerate(outputs)}
-            if is_training:
-                names, parameters = zip(*module.named_parameters(), strict=True)
-                gradients = torch.autograd.grad(loss_of(output), parameters)
-                for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-                    result[f"gradient {name}"] = gradient
-                    with torch.no_grad():  # weights that were compiled in would be the old ones
-                        parameter -= 1e-3 * gradient
-            results.append(result | {name: b.clone() for name, b in module.named_buffers()})
-    return results
-
-
-def measure(
-    module: nn.Module, example: Example, *, fullgraph: bool, backend: str = "aot_eager"
-) -> tuple[Counts, list[dict[str, Tensor]]]:
-    """Compile a module from nothing, run it, and count."""
-    torch.compiler.reset()
-    clear_compilation_metrics()
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(module, fullgraph=fullgraph, backend=counter)
-    try:
-        results = run(module, compiled, example)
-        metrics = get_compilation_metrics()
-    finally:
-        torch.compiler.reset()
-    assert len(metrics) < 64, "torch._dynamo keeps no more than 64"
-    recompilations = sum(each.recompile_reason is not None for each in metrics)
-    return Counts(graphs=counter.frame_count, recompilations=recompilations), results
-
-
-def compare(example: Example, *, backend: str = "aot_eager", budget: float = 0.5) -> Comparison:
-    """Compile a model and its emitted module; what comes out of the latter must be as in eager."""
-    model = example.make()
-    shared = transform(model, budget, example_inputs=example.inputs(2))
-    eager = copy.deepcopy(shared)
-    try:
-        plain, _ = measure(copy.deepcopy(model), example, fullgraph=True, backend=backend)
-        is_whole = True
-    except (Unsupported, UserError):  # of branches on values, say
-        plain, _ = measure(model, example, fullgraph=False, backend=backend)
-        is_whole = False
-    emitted, results = measure(shared, example, fullgraph=is_whole, backend=backend)
-    assert_same(results, run(eager, eager, example), next(shared.parameters()).dtype)
-    return Comparison(is_whole=is_whole, plain=plain, emitted=emitted)
-
-
-def assert_same(
-    results: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], dtype: torch.dtype
-) -> None:
-    for got, wanted in zip(results, expected, strict=True):
-        assert got.keys() == wanted.keys()
-        gradients = [largest(value) for key, value in wanted.items() if is_gradient(key)]
-        for key, value in wanted.items():
-            floor = 1e-2 * max(gradients) if is_gradient(key) else 1e-3
-            assert_close(key, got[key], value, dtype, is_gradient=is_gradient(key), floor=floor)
-
-
-def is_gradient(key: str) -> bool:
-    return key.startswith("gradient ")
 
 
 def in_float64(example: Example) -> Example:

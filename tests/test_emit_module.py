@@ -525,3 +525,21 @@ def test_options_that_are_not_known():
         npas_fx.transform(Net(), 0.5, emit="modul")
     with pytest.raises(NPASError, match="on_guard='warn' is not known"):
         npas_fx.plan(Net(), 0.5, on_guard="warn")
+
+
+class Asks(Net):
+    """Can be compiled, but not be traced without an example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if x.shape[0] > 3 else 1)
+
+
+@pytest.mark.parametrize("kind", [Net, Asks])
+@pytest.mark.parametrize("way", ["graph", "module"])
+def test_it_can_be_compiled_before_it_is_ever_called(kind, way):
+    torch.compiler.reset()
+    own = npas_fx.transform(kind(), 0.5, emit=way)
+    compiled = torch.compile(copy.deepcopy(own), fullgraph=True, backend="aot_eager")
+    for rows in (5, 5, 7):
+        torch.testing.assert_close(compiled(x(rows, 6)), own(x(rows, 6)))
+    torch.compiler.reset()
