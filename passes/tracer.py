@@ -77,7 +77,7 @@ class Tracer(fx.Tracer):
 
     Leaves are the modules of torch.nn (but containers), and every module that owns nothing which
     could be shared: no parameter of two or more dimensions in it or below it. So norms, dropout and
-    activations of any library stay module calls.
+    activations of any library stay module calls. A module that is handed another one is traced.
 
     Args:
         signature: how the model is called.
@@ -115,6 +115,7 @@ class Tracer(fx.Tracer):
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
         self._objects: dict[int, fx.Node | None] = {}
+        self._handed_others: set[nn.Module] = set()  # they may read the weights of those
 
     def trace_mode(self, root: nn.Module) -> Trace:
         """Trace ``root`` as it is now; it may be left with traced values in its attributes."""
@@ -225,7 +226,11 @@ class Tracer(fx.Tracer):
             module_qualified_name in self.extra_leaves
             or module_qualified_name in self.failed
             or super().is_leaf_module(m, module_qualified_name)
-            or (not isinstance(m, nn.Sequential) and owns_nothing_shareable(m))
+            or (
+                not isinstance(m, nn.Sequential)
+                and m not in self._handed_others
+                and owns_nothing_shareable(m)
+            )
         )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -240,6 +245,8 @@ class Tracer(fx.Tracer):
                 )
             return forward(*args, **kwargs)  # made in forward, like nn.Softmax(dim=1)(x)
         path = self.path_of_module(m)
+        if any(isinstance(value, nn.Module) for value in _leaves((args, kwargs))):
+            self._handed_others.add(m)
         is_leaf = self.is_leaf_module(m, path)
         if not is_leaf and (m._backward_hooks or m._backward_pre_hooks):
             self.failed[path] = "it has a backward hook"
@@ -366,11 +373,14 @@ class Tracer(fx.Tracer):
 
     def _may_be_none(self, node: fx.Node) -> bool:
         """Whether a value could be None: a result of a module or a part of it, or of an input."""
-        if self._static_type(node, assume_tensor=False) is not None:
+        if self._static_type(node, assume_tensor=False) not in (None, type(None)):
             return False
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            return not module.__module__.startswith("torch.nn.") and may_return_none(module)
+            is_of_torch = module.__module__.startswith("torch.nn.")
+            if is_of_torch and not isinstance(module, nn.Identity):
+                return False
+            return may_return_none(module, node.args, node.kwargs)
         source = node
         while source.op == "call_function" and source.target in (operator.getitem, getattr):
             source = source.all_input_nodes[0]
@@ -445,7 +455,7 @@ class Tracer(fx.Tracer):
             )
         if isinstance(a, nn.Module):
             raise self.refusal(
-                f"forward hands a module (a {type(a).__name__}) to another one as an argument, "
+                f"forward hands a module (a {type(a).__name__}) to one that is called as it is, "
                 "which a graph cannot; make it a submodule of the one that calls it"
             )
         if isinstance(a, (dict, list)) and type(a) not in _PLAIN_CONTAINERS:
