@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import BusyError
+from npas_fx.passes.functions import ApplyFunction, reads_code_around
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 
@@ -68,7 +69,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "parameters", _parameters_of(tracer)
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
-    yield torch.autograd.Function, "apply", _refuse_function(tracer)
+    yield torch.autograd.Function, "apply", _record_function(tracer)
     for context in _CONTEXTS:
         yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
         yield context, "__exit__", _then(context.__exit__, tracer.note_left)
@@ -111,18 +112,20 @@ def _is_tensor(value: Any) -> bool:
     return _plain_isinstance(value, Tensor)
 
 
-def _refuse_function(tracer: Tracer) -> Any:
+def _record_function(tracer: Tracer) -> Any:
     apply = vars(torch.autograd.Function)["apply"]
 
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def record(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not tracer.is_tracing():
             return apply.__get__(None, cls)(*args, **kwargs)
-        raise tracer.refusal(
-            f"it calls the torch.autograd.Function {cls.__name__}, whose backward a graph would "
-            "lose; put the call into a module without weights of its own"
-        )
+        if reads_code_around(cls):
+            raise tracer.refusal(
+                f"it calls the torch.autograd.Function {cls.__name__}, which reads variables of "
+                "the code around it; pass them as arguments"
+            )
+        return tracer.create_proxy("call_function", ApplyFunction(cls), args, kwargs)
 
-    return classmethod(refuse)
+    return classmethod(record)
 
 
 def _parameters_of(tracer: Tracer) -> Callable[..., Any]:

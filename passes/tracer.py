@@ -22,6 +22,7 @@ from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.contexts import write_enter, write_leave
+from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.leaves import owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
@@ -370,6 +371,11 @@ class Tracer(fx.Tracer):
         if node.op == "call_module":
             kind = type(self.root.get_submodule(str(node.target))).__name__
             raise self.refusal(f"a {kind} may return None, and whether it does is not known")
+        if isinstance(node.target, ApplyFunction):
+            raise self.refusal(
+                f"what the torch.autograd.Function {node.target.kind.__name__} gives is not known "
+                "without an example"
+            )
 
     def _may_be_none(self, node: fx.Node) -> bool:
         """Whether a value could be None: a result of a module or a part of it, or of an input."""
@@ -384,6 +390,8 @@ class Tracer(fx.Tracer):
         source = node
         while source.op == "call_function" and source.target in (operator.getitem, getattr):
             source = source.all_input_nodes[0]
+        if isinstance(source.target, ApplyFunction):
+            return True
         is_given = source.op in ("call_module", "placeholder")
         return node is not source and (is_given or source.target is multi_head_attention_forward)
 

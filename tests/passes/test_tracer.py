@@ -19,16 +19,6 @@ from npas_fx.passes.guards import check_guard
 from two_layers import net, x
 
 
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
-        return value * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 7
-
-
 class Named(collections.namedtuple("Named", ["y", "z"])):
     pass
 
@@ -323,10 +313,6 @@ def rebinds_a_buffer(self, x):
     return self.run(x) * self.count
 
 
-def custom_function(self, x):
-    return self.b(Double.apply(self.pre(x)))
-
-
 def python_random(self, x):
     return self.run(x) * random.random()
 
@@ -422,7 +408,6 @@ NOT_TRACED = {
     loops: "loops over a value",
     assigns_data: "attribute 'data' of a traced value",
     rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
-    custom_function: "autograd.Function Double",
     python_random: "random numbers in Python",
     numpy_random: "random numbers in Python",
     own_generator: "own attribute 'generator' at each call",
