@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from npas_fx.errors import BusyError
 from npas_fx.passes.functions import ApplyFunction, reads_code_around
@@ -66,6 +67,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield torch, "is_tensor", _is_tensor
     if "torch._dynamo" in sys.modules:  # not imported for this: it takes long
         yield torch._dynamo, "mark_static_address", lambda *args, **kwargs: None
+    yield parametrize, "_cache", {}
     yield nn.Module, "parameters", _parameters_of(tracer)
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)

@@ -23,7 +23,7 @@ from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.contexts import write_enter, write_leave
 from npas_fx.passes.functions import ApplyFunction
-from npas_fx.passes.leaves import owns_nothing_shareable
+from npas_fx.passes.leaves import makes_own_weights, owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
@@ -223,16 +223,11 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module stays a call."""
-        return (
-            module_qualified_name in self.extra_leaves
-            or module_qualified_name in self.failed
-            or super().is_leaf_module(m, module_qualified_name)
-            or (
-                not isinstance(m, nn.Sequential)
-                and m not in self._handed_others
-                and owns_nothing_shareable(m)
-            )
-        )
+        if module_qualified_name in self.extra_leaves or module_qualified_name in self.failed:
+            return True
+        if not isinstance(m, nn.Sequential) and owns_nothing_shareable(m):
+            return m not in self._handed_others
+        return super().is_leaf_module(m, module_qualified_name) and not makes_own_weights(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record or trace the call of a module."""
