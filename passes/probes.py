@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from npas_fx.passes.contexts import SWITCHES
+from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
@@ -284,8 +285,13 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
-        with self.probes.mode:
-            return _run_node(node, self.root, read)
+        random = RandomState() if _is_own_code(node, self.root) else None
+        try:
+            with self.probes.mode:
+                return _run_node(node, self.root, read)
+        finally:
+            if random is not None:
+                random.put_back()
 
 
 class RealValues:
@@ -337,6 +343,14 @@ class RealValues:
         finally:
             random.put_back()
         return known[node]
+
+
+def _is_own_code(node: fx.Node, root: nn.Module) -> bool:
+    """Whether code runs that is not torch's, and may draw Python's or NumPy's random numbers."""
+    if node.op != "call_module":
+        return isinstance(node.target, ApplyFunction)
+    parts = root.get_submodule(str(node.target)).modules()
+    return any(not part.__module__.startswith("torch.nn.") for part in parts)
 
 
 def _asks_kind(node: fx.Node) -> bool:
