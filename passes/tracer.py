@@ -32,6 +32,7 @@ from npas_fx.passes.questions import UNKNOWN, Questions
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
+from npas_fx.passes.tried_numbers import TriedNumbers
 from npas_fx.passes.value_types import made_type
 
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
@@ -112,10 +113,11 @@ class Tracer(fx.Tracer):
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
         self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
         self._contexts: list[tuple[Any, fx.Node | None]] = []  # that the code is in
-        self._refusal: CaptureError | None = None
+        self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
         self._objects: dict[int, fx.Node | None] = {}
+        self.numbers = TriedNumbers(self)
         self._handed_others: set[nn.Module] = set()  # they may read the weights of those
 
     def trace_mode(self, root: nn.Module) -> Trace:
@@ -151,7 +153,7 @@ class Tracer(fx.Tracer):
 
     def refusal(self, message: str) -> CaptureError:
         """Make an error to raise, and remember it: a ``try`` in user code may hide it."""
-        self._refusal = self._refusal or CaptureError(message)
+        self.first_refusal = self.first_refusal or CaptureError(message)
         return CaptureError(message)
 
     def note_asked(self, module: nn.Module) -> None:
@@ -302,8 +304,8 @@ class Tracer(fx.Tracer):
                 "forward draws random numbers in Python, which a graph would repeat at each call; "
                 "draw them with torch functions, or in a submodule without weights of its own"
             )
-        if self._refusal is not None:
-            raise self._refusal  # the user's code caught it and went another way
+        if self.first_refusal is not None:
+            raise self.first_refusal  # the user's code caught it and went another way
 
     def _note(self, module: nn.Module, arguments: Any) -> Callable[[], bool]:
         """Note where the trace is; the function that is returned takes it back there.
@@ -313,25 +315,35 @@ class Tracer(fx.Tracer):
         put_back = note_state(module, arguments)
         depth, num_assigned, stack = len(self._asked), len(self.assigned), dict(self.module_stack)
         num_contexts, state = len(self._contexts), self._state
-        last = next(iter(reversed(self.graph.nodes)))
+        last = self.last_node()
 
         def undo() -> bool:
             is_changed = put_back()
-            self._refusal = None
+            self.first_refusal = None
             del self._asked[depth:], self.assigned[num_assigned:], self._contexts[num_contexts:]
             self._state = state
             self.module_stack.clear()
             self.module_stack.update(stack)
-            erased = set()
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
-                self.graph.erase_node(node)
-                self.flags_before.pop(node, None)
-                erased.add(node)
-            self.questions.forget(erased)
-            self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
+            self.erase_behind(last)
             return is_changed
 
         return undo
+
+    def last_node(self) -> fx.Node:
+        """The node that was added last."""
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
+
+    def erase_behind(self, last: fx.Node) -> None:
+        """Take back what was added after a node."""
+        erased = set()
+        while (node := self.last_node()) is not last:
+            self.graph.erase_node(node)
+            self.flags_before.pop(node, None)
+            erased.add(node)
+        if erased:
+            self.questions.forget(erased)
+            self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Give a traced value for a parameter or buffer."""
