@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from npas_fx.errors import BusyError
+from npas_fx.passes.contexts import init_autocast
 from npas_fx.passes.functions import ApplyFunction, reads_code_around
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
@@ -72,6 +73,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
     yield torch.autograd.Function, "apply", _record_function(tracer)
+    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _text_of)
     for context in _CONTEXTS:
         yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
         yield context, "__exit__", _then(context.__exit__, tracer.note_left)
@@ -106,6 +108,13 @@ def _isinstance(value: Any, kind: Any) -> bool:
 
 def _len(value: Any) -> Any:
     return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
+
+
+def _text_of(value: Any) -> str | None:
+    values = None
+    if _plain_isinstance(value, CapturedProxy):
+        values = value.tracer.questions.values_of(value.node)
+    return values[0] if values and _plain_isinstance(values[0], str) else None
 
 
 def _is_tensor(value: Any) -> bool:

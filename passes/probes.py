@@ -285,6 +285,8 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
+        if node.target in SWITCHES:
+            return None  # else they would have to be left again
         random = RandomState() if _is_own_code(node, self.root) else None
         try:
             with self.probes.mode:
@@ -335,7 +337,7 @@ class RealValues:
         try:
             for each in node.graph.nodes:
                 if each.target in SWITCHES:
-                    known[each] = None  # else they would have to be left again
+                    known[each] = None
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)
                 if each is node:

@@ -423,7 +423,8 @@ class Tracer(fx.Tracer):
             node = None
             if operation is not None and self._contexts_are_recorded():
                 self._state = _ambient_state()
-                node = self.create_node("call_function", *operation, {})
+                enter, arguments = operation
+                node = self.create_node("call_function", enter, self.create_arg(arguments), {})
             self._contexts.append((context, node))
 
     def note_left(self, context: Any) -> None:
