@@ -43,6 +43,7 @@ RESHAPING = frozenset(
 )
 
 
+_LEN = len  # while tracing, the name stands for a patch
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -358,6 +359,9 @@ def _is_own_code(node: fx.Node, root: nn.Module) -> bool:
 def _asks_kind(node: fx.Node) -> bool:
     """Whether an operation asks a tensor for what does not depend on its data nor on its size."""
     kinds = ("ndim", "dtype", "device", "layout")
+    if node.target is _LEN:  # of a shape
+        (sized,) = node.all_input_nodes
+        return sized.target == "size" or (sized.target is getattr and sized.args[1] == "shape")
     return node.target == "dim" or (node.target is getattr and node.args[1] in kinds)
 
 

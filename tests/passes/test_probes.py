@@ -75,6 +75,16 @@ def test_no_question_is_answered_by_data(falls_back):
         torch.testing.assert_close(emitted(each), emitted.a(value))
 
 
+def test_the_rank_of_what_depends_on_data_does_not(check):
+    def forward(self, value):
+        picked = value[value > -9]
+        is_flat = len(picked.shape) == 1 and len(picked.size()) == 1
+        return self.run(value) * (picked.mean() if is_flat else 100)
+
+    assert not capture(net(forward), x()).leaves
+    check(net(forward), x())
+
+
 def test_running_draws_no_random_number_and_changes_nothing():
     class Counts(nn.Module):
         def __init__(self):
