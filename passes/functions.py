@@ -5,6 +5,10 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
+import torch
+
+_FIXED = (FunctionType, type, bool, int, float, str, type(None), torch.dtype)
+
 
 class ApplyFunction:
     """Calls a ``torch.autograd.Function``, so that its own backward runs.
@@ -33,11 +37,18 @@ class ApplyFunction:
 
 
 def reads_code_around(kind: type) -> bool:
-    """Whether a class was made by code whose variables its methods read."""
+    """Whether a class was made by code whose variables its methods read, but for constants."""
     return any(
-        value.__code__.co_freevars
+        _reads_code_around(getattr(value, "__func__", value))
         for base in kind.__mro__
         if base.__module__.split(".")[0] != "torch"
-        for value in (getattr(each, "__func__", each) for each in vars(base).values())
-        if isinstance(value, FunctionType)
+        for value in vars(base).values()
     )
+
+
+def _reads_code_around(function: Any) -> bool:
+    """The same for a function; one that is a decorator's reads the function that it was given."""
+    if not isinstance(function, FunctionType):
+        return False
+    values = [cell.cell_contents for cell in function.__closure__ or ()]
+    return any(not isinstance(v, _FIXED) or _reads_code_around(v) for v in values)

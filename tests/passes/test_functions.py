@@ -86,6 +86,20 @@ class Notes(torch.autograd.Function):
         return gradient, None
 
 
+class Precise(torch.autograd.Function):
+    """With decorators, which are functions around it."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, value):
+        return value * 2
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
 def doubles(self, x):
     return self.b(Double.apply(self.pre(x)))
 
@@ -110,11 +124,34 @@ def before_dropout(self, x):
     return self.b(nn.functional.dropout(Double.apply(self.pre(x)), training=self.training))
 
 
+def decorated(self, x):
+    return self.b(Precise.apply(self.pre(x)))
+
+
+def made_in_forward(self, x):
+    factor = 2 if self.training else 3
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value * factor
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (factor + 1)
+
+    return self.b(Scales.apply(self.pre(x)))
+
+
 def in_train_mode_only(self, x):
     return self.b(Double.apply(self.pre(x)) if self.training else self.pre(x))
 
 
-TRACED = (doubles, applies_a_weight, adds_in_place, draws, before_dropout, in_train_mode_only)
+IN_TWO_GRAPHS = (in_train_mode_only, made_in_forward)
+TRACED = (
+    *(doubles, applies_a_weight, adds_in_place, draws, before_dropout, decorated),
+    *IN_TWO_GRAPHS,
+)
 
 
 @pytest.mark.parametrize("forward", TRACED, ids=lambda f: f.__name__)
@@ -122,7 +159,7 @@ def test_is_traced(forward, check):
     model = net(forward)
     captured = capture(model, x())
     assert not captured.leaves
-    assert len(captured.modes) == (2 if forward is in_train_mode_only else 1)
+    assert len(captured.modes) == (2 if forward in IN_TWO_GRAPHS else 1)
     assert any(isinstance(node.target, ApplyFunction) for node in captured.graph.nodes)
     assert {"a.weight", "b.weight"} <= {site.name for site in captured.inventory.sites}
     check(model, x(), others=((torch.randn(5, 4),),))
