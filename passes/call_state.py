@@ -6,7 +6,7 @@ import ast
 import dis
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -40,16 +40,28 @@ def may_keep_state(module: nn.Module) -> bool:
     return any(map(attributes_set_by_calls, parts)) or any(map(_changes_containers, kinds))
 
 
-def may_return_none(module: nn.Module) -> bool:
-    """Whether the code of ``forward`` has a way out with None as the result."""
+def may_return_none(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the code of ``forward`` has a way out with None, or an argument that is, as result.
+
+    Args:
+        module: what is called.
+        args: of the call.
+        kwargs: likewise.
+    """
     forward: Any = vars(module).get("forward", type(module).forward)
     if not isinstance(forward, FunctionType):
         return True
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return True
+    bound.apply_defaults()
+    nothing = {name for name, value in bound.arguments.items() if value is None}
     instructions = list(dis.get_instructions(forward))
     return any(
-        one.argval is None
-        and (one.opname == "RETURN_CONST" or other.opname == "RETURN_VALUE")
-        and one.opname in ("LOAD_CONST", "RETURN_CONST")
+        (one.opname == "RETURN_CONST" and one.argval is None)
+        or (other.opname == "RETURN_VALUE" and one.opname == "LOAD_CONST" and one.argval is None)
+        or (other.opname == "RETURN_VALUE" and "LOAD_FAST" in one.opname and one.argval in nothing)
         for one, other in zip(instructions, (*instructions[1:], instructions[-1]), strict=True)
     )
 

@@ -15,6 +15,7 @@ from npas_fx.ir import Inventory
 from npas_fx.passes.call import CallSignature, flatten_example, read_call
 from npas_fx.passes.call_state import may_keep_state
 from npas_fx.passes.flag_patterns import is_inside
+from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import merge_modes
@@ -198,8 +199,12 @@ def _capture_with(
         for path, constant in _find_constants(mode.graph, work, skeleton).items()
     }
     opaque = [skeleton.get_submodule(each.path) for each in list_opaque(leaves, skeleton)]
-    is_own_code = any(not module.__module__.startswith("torch.nn.") for module in opaque)
-    found = [find_changes(mode) for mode in (True, False)] if is_own_code or keeps_code else []
+    runs_own_code = (
+        keeps_code
+        or any(not module.__module__.startswith("torch.nn.") for module in opaque)
+        or any(isinstance(n.target, ApplyFunction) for mode in modes for n in mode.graph.nodes)
+    )
+    found = [find_changes(mode) for mode in (True, False)] if runs_own_code else []
     changed = {name for changes in found if changes for name in changes.parameters}
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     if probes is not None:  # they live on where mixtures of modes may be traced

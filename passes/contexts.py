@@ -44,6 +44,26 @@ def leave_full_precision(context: Any) -> None:
     leave(context)
 
 
+_TRACED = "_npas_fx_device"
+
+
+def init_autocast(init: Callable[..., None], known: Callable[[Any], Any]) -> Callable[..., None]:
+    """Make autocast take the type of a device that is traced, as ``x.device.type``.
+
+    Args:
+        init: of autocast.
+        known: gives what stands for a traced value in the example, None if that is not known.
+    """
+
+    def construct(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        value = known(device_type)
+        init(context, device_type if value is None else value, *args, **kwargs)
+        if value is not None:
+            vars(context)[_TRACED] = device_type
+
+    return construct
+
+
 SWITCHES = (set_grad_mode, enter_full_precision, leave_full_precision)
 
 
@@ -52,7 +72,7 @@ def write_enter(context: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | No
     if type(context) in (torch.no_grad, torch.enable_grad):
         return set_grad_mode, (type(context) is torch.enable_grad,)
     if isinstance(context, torch.autocast) and not context._enabled:
-        return enter_full_precision, (context.device,)
+        return enter_full_precision, (vars(context).get(_TRACED, context.device),)
     return None
 
 

@@ -9,6 +9,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 MODULE_FIELDS = frozenset(vars(nn.Module()))
 
@@ -21,6 +22,12 @@ def owns_nothing_shareable(module: nn.Module) -> bool:
     if any(parameter.dim() > 1 for _, parameter in module.named_parameters()):
         return False
     return not any(True for _ in _hidden(module))
+
+
+def makes_own_weights(module: nn.Module) -> bool:
+    """Whether it is a module whose weights are computed from others, or what computes them."""
+    is_computed = is_parametrized(module) and not isinstance(module, nn.RNNBase)
+    return is_computed or isinstance(module, ParametrizationList)
 
 
 def hidden_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -44,13 +44,13 @@ def merge_modes(
     """
     if train.failed.keys() != evaluate.failed.keys():
         return None
-    if str(train.graph) == str(evaluate.graph):
-        return copy.deepcopy(train.graph)
     operations, others = (
         [(node.op, node.target) for node in trace.graph.nodes] for trace in (train, evaluate)
     )
     if operations != others:
         return None
+    if str(train.graph) == str(evaluate.graph):
+        return copy.deepcopy(train.graph)
     with suppress(_DifferError, UntraceableError):
         return _merge_constants(train, evaluate, trace_with)
     return None

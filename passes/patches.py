@@ -12,8 +12,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from npas_fx.errors import BusyError
+from npas_fx.passes.contexts import init_autocast
+from npas_fx.passes.functions import ApplyFunction, reads_code_around
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 
@@ -65,10 +68,12 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield torch, "is_tensor", _is_tensor
     if "torch._dynamo" in sys.modules:  # not imported for this: it takes long
         yield torch._dynamo, "mark_static_address", lambda *args, **kwargs: None
+    yield parametrize, "_cache", {}
     yield nn.Module, "parameters", _parameters_of(tracer)
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
-    yield torch.autograd.Function, "apply", _refuse_function(tracer)
+    yield torch.autograd.Function, "apply", _record_function(tracer)
+    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _text_of)
     for context in _CONTEXTS:
         yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
         yield context, "__exit__", _then(context.__exit__, tracer.note_left)
@@ -105,24 +110,33 @@ def _len(value: Any) -> Any:
     return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
 
 
+def _text_of(value: Any) -> str | None:
+    values = None
+    if _plain_isinstance(value, CapturedProxy):
+        values = value.tracer.questions.values_of(value.node)
+    return values[0] if values and _plain_isinstance(values[0], str) else None
+
+
 def _is_tensor(value: Any) -> bool:
     if _plain_isinstance(value, CapturedProxy):
         return bool(value.is_instance(Tensor))
     return _plain_isinstance(value, Tensor)
 
 
-def _refuse_function(tracer: Tracer) -> Any:
+def _record_function(tracer: Tracer) -> Any:
     apply = vars(torch.autograd.Function)["apply"]
 
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def record(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not tracer.is_tracing():
             return apply.__get__(None, cls)(*args, **kwargs)
-        raise tracer.refusal(
-            f"it calls the torch.autograd.Function {cls.__name__}, whose backward a graph would "
-            "lose; put the call into a module without weights of its own"
-        )
+        if reads_code_around(cls):
+            raise tracer.refusal(
+                f"it calls the torch.autograd.Function {cls.__name__}, which reads variables of "
+                "the code around it; pass them as arguments"
+            )
+        return tracer.create_proxy("call_function", ApplyFunction(cls), args, kwargs)
 
-    return classmethod(refuse)
+    return classmethod(record)
 
 
 def _parameters_of(tracer: Tracer) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from npas_fx.passes.contexts import SWITCHES
+from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
@@ -42,6 +43,7 @@ RESHAPING = frozenset(
 )
 
 
+_LEN = len  # while tracing, the name stands for a patch
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -284,8 +286,15 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
-        with self.probes.mode:
-            return _run_node(node, self.root, read)
+        if node.target in SWITCHES:
+            return None  # else they would have to be left again
+        random = RandomState() if _is_own_code(node, self.root) else None
+        try:
+            with self.probes.mode:
+                return _run_node(node, self.root, read)
+        finally:
+            if random is not None:
+                random.put_back()
 
 
 class RealValues:
@@ -329,7 +338,7 @@ class RealValues:
         try:
             for each in node.graph.nodes:
                 if each.target in SWITCHES:
-                    known[each] = None  # else they would have to be left again
+                    known[each] = None
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)
                 if each is node:
@@ -339,9 +348,20 @@ class RealValues:
         return known[node]
 
 
+def _is_own_code(node: fx.Node, root: nn.Module) -> bool:
+    """Whether code runs that is not torch's, and may draw Python's or NumPy's random numbers."""
+    if node.op != "call_module":
+        return isinstance(node.target, ApplyFunction)
+    parts = root.get_submodule(str(node.target)).modules()
+    return any(not part.__module__.startswith("torch.nn.") for part in parts)
+
+
 def _asks_kind(node: fx.Node) -> bool:
     """Whether an operation asks a tensor for what does not depend on its data nor on its size."""
     kinds = ("ndim", "dtype", "device", "layout")
+    if node.target is _LEN:  # of a shape
+        (sized,) = node.all_input_nodes
+        return sized.target == "size" or (sized.target is getattr and sized.args[1] == "shape")
     return node.target == "dim" or (node.target is getattr and node.args[1] in kinds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,21 @@ class CapturedProxy(fx.Proxy):
         return int(self._number("int"))
 
     def __index__(self) -> int:
-        return int(self._number("int"))
+        self.node  # noqa: B018  # made before what may be taken back
+        return self.tracer.numbers.ask(sys._getframe(1), self.__int__)
+
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
+    ) -> Any:
+        """Record the call of a function of torch."""
+        found: list[CapturedProxy] = []
+        fx.node.map_aggregate(
+            (args, kwargs), lambda a: found.append(a) if isinstance(a, CapturedProxy) else None
+        )
+        for proxy in found[:1]:
+            proxy.tracer.numbers.forget(sys._getframe(1))
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
     def __float__(self) -> float:
         return float(self._number("float"))

@@ -6,6 +6,8 @@ import operator
 
 from torch import fx
 
+from npas_fx.passes.functions import ApplyFunction
+
 _IN_PLACE = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
@@ -45,4 +47,6 @@ def is_pure(node: fx.Node) -> bool:
         return not is_mutated(node)
     if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
         return False
+    if isinstance(node.target, ApplyFunction):
+        return False  # it may keep something, or draw random numbers
     return not _is_random(node) and all(map(is_pure, node.all_input_nodes))

@@ -22,7 +22,8 @@ from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.contexts import write_enter, write_leave
-from npas_fx.passes.leaves import owns_nothing_shareable
+from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.leaves import makes_own_weights, owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
@@ -31,6 +32,7 @@ from npas_fx.passes.questions import UNKNOWN, Questions
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
+from npas_fx.passes.tried_numbers import TriedNumbers
 from npas_fx.passes.value_types import made_type
 
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
@@ -77,7 +79,7 @@ class Tracer(fx.Tracer):
 
     Leaves are the modules of torch.nn (but containers), and every module that owns nothing which
     could be shared: no parameter of two or more dimensions in it or below it. So norms, dropout and
-    activations of any library stay module calls.
+    activations of any library stay module calls. A module that is handed another one is traced.
 
     Args:
         signature: how the model is called.
@@ -111,10 +113,12 @@ class Tracer(fx.Tracer):
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
         self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
         self._contexts: list[tuple[Any, fx.Node | None]] = []  # that the code is in
-        self._refusal: CaptureError | None = None
+        self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
         self._objects: dict[int, fx.Node | None] = {}
+        self.numbers = TriedNumbers(self)
+        self._handed_others: set[nn.Module] = set()  # they may read the weights of those
 
     def trace_mode(self, root: nn.Module) -> Trace:
         """Trace ``root`` as it is now; it may be left with traced values in its attributes."""
@@ -149,7 +153,7 @@ class Tracer(fx.Tracer):
 
     def refusal(self, message: str) -> CaptureError:
         """Make an error to raise, and remember it: a ``try`` in user code may hide it."""
-        self._refusal = self._refusal or CaptureError(message)
+        self.first_refusal = self.first_refusal or CaptureError(message)
         return CaptureError(message)
 
     def note_asked(self, module: nn.Module) -> None:
@@ -221,12 +225,11 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module stays a call."""
-        return (
-            module_qualified_name in self.extra_leaves
-            or module_qualified_name in self.failed
-            or super().is_leaf_module(m, module_qualified_name)
-            or (not isinstance(m, nn.Sequential) and owns_nothing_shareable(m))
-        )
+        if module_qualified_name in self.extra_leaves or module_qualified_name in self.failed:
+            return True
+        if not isinstance(m, nn.Sequential) and owns_nothing_shareable(m):
+            return m not in self._handed_others
+        return super().is_leaf_module(m, module_qualified_name) and not makes_own_weights(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record or trace the call of a module."""
@@ -240,6 +243,8 @@ class Tracer(fx.Tracer):
                 )
             return forward(*args, **kwargs)  # made in forward, like nn.Softmax(dim=1)(x)
         path = self.path_of_module(m)
+        if any(isinstance(value, nn.Module) for value in _leaves((args, kwargs))):
+            self._handed_others.add(m)
         is_leaf = self.is_leaf_module(m, path)
         if not is_leaf and (m._backward_hooks or m._backward_pre_hooks):
             self.failed[path] = "it has a backward hook"
@@ -299,8 +304,8 @@ class Tracer(fx.Tracer):
                 "forward draws random numbers in Python, which a graph would repeat at each call; "
                 "draw them with torch functions, or in a submodule without weights of its own"
             )
-        if self._refusal is not None:
-            raise self._refusal  # the user's code caught it and went another way
+        if self.first_refusal is not None:
+            raise self.first_refusal  # the user's code caught it and went another way
 
     def _note(self, module: nn.Module, arguments: Any) -> Callable[[], bool]:
         """Note where the trace is; the function that is returned takes it back there.
@@ -310,25 +315,35 @@ class Tracer(fx.Tracer):
         put_back = note_state(module, arguments)
         depth, num_assigned, stack = len(self._asked), len(self.assigned), dict(self.module_stack)
         num_contexts, state = len(self._contexts), self._state
-        last = next(iter(reversed(self.graph.nodes)))
+        last = self.last_node()
 
         def undo() -> bool:
             is_changed = put_back()
-            self._refusal = None
+            self.first_refusal = None
             del self._asked[depth:], self.assigned[num_assigned:], self._contexts[num_contexts:]
             self._state = state
             self.module_stack.clear()
             self.module_stack.update(stack)
-            erased = set()
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
-                self.graph.erase_node(node)
-                self.flags_before.pop(node, None)
-                erased.add(node)
-            self.questions.forget(erased)
-            self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
+            self.erase_behind(last)
             return is_changed
 
         return undo
+
+    def last_node(self) -> fx.Node:
+        """The node that was added last."""
+        last: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return last
+
+    def erase_behind(self, last: fx.Node) -> None:
+        """Take back what was added after a node."""
+        erased = set()
+        while (node := self.last_node()) is not last:
+            self.graph.erase_node(node)
+            self.flags_before.pop(node, None)
+            erased.add(node)
+        if erased:
+            self.questions.forget(erased)
+            self._proxy_of = {k: p for k, p in self._proxy_of.items() if p.node not in erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Give a traced value for a parameter or buffer."""
@@ -363,17 +378,27 @@ class Tracer(fx.Tracer):
         if node.op == "call_module":
             kind = type(self.root.get_submodule(str(node.target))).__name__
             raise self.refusal(f"a {kind} may return None, and whether it does is not known")
+        if isinstance(node.target, ApplyFunction):
+            raise self.refusal(
+                f"what the torch.autograd.Function {node.target.kind.__name__} gives is not known "
+                "without an example"
+            )
 
     def _may_be_none(self, node: fx.Node) -> bool:
         """Whether a value could be None: a result of a module or a part of it, or of an input."""
-        if self._static_type(node, assume_tensor=False) is not None:
+        if self._static_type(node, assume_tensor=False) not in (None, type(None)):
             return False
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            return not module.__module__.startswith("torch.nn.") and may_return_none(module)
+            is_of_torch = module.__module__.startswith("torch.nn.")
+            if is_of_torch and not isinstance(module, nn.Identity):
+                return False
+            return may_return_none(module, node.args, node.kwargs)
         source = node
         while source.op == "call_function" and source.target in (operator.getitem, getattr):
             source = source.all_input_nodes[0]
+        if isinstance(source.target, ApplyFunction):
+            return True
         is_given = source.op in ("call_module", "placeholder")
         return node is not source and (is_given or source.target is multi_head_attention_forward)
 
@@ -398,7 +423,8 @@ class Tracer(fx.Tracer):
             node = None
             if operation is not None and self._contexts_are_recorded():
                 self._state = _ambient_state()
-                node = self.create_node("call_function", *operation, {})
+                enter, arguments = operation
+                node = self.create_node("call_function", enter, self.create_arg(arguments), {})
             self._contexts.append((context, node))
 
     def note_left(self, context: Any) -> None:
@@ -445,7 +471,7 @@ class Tracer(fx.Tracer):
             )
         if isinstance(a, nn.Module):
             raise self.refusal(
-                f"forward hands a module (a {type(a).__name__}) to another one as an argument, "
+                f"forward hands a module (a {type(a).__name__}) to one that is called as it is, "
                 "which a graph cannot; make it a submodule of the one that calls it"
             )
         if isinstance(a, (dict, list)) and type(a) not in _PLAIN_CONTAINERS:

@@ -44,10 +44,17 @@ def made_type(
         root: owns the modules that the graph calls.
         input_type: name of an input of the model -> its type, None if it is not known.
     """
+
+    def made_by(value: Any) -> type | None:
+        return made_type(value, root, input_type) if isinstance(value, fx.Node) else type(value)
+
     if node.op == "placeholder":
         return input_type(str(node.target))
     if node.op == "call_module":
-        return _module_type(root.get_submodule(str(node.target)))
+        module = root.get_submodule(str(node.target))
+        if isinstance(module, nn.Identity) and node.args:
+            return made_by(node.args[0])
+        return _module_type(module)
     if node.op == "get_attr":
         return Tensor
     if node.op == "call_method":
@@ -56,10 +63,7 @@ def made_type(
         return None if node.target in _UNKNOWN else _METHODS.get(str(node.target), Tensor)
     if node.target is getattr and node.args[1] in _ATTRIBUTES:
         return _ATTRIBUTES[str(node.args[1])]
-    made = [
-        made_type(arg, root, input_type) if isinstance(arg, fx.Node) else type(arg)
-        for arg in node.args
-    ]
+    made = [made_by(arg) for arg in node.args]
     if node.target is getattr:
         return Tensor if made[0] is Tensor else None
     return _function_type(node.target, made)

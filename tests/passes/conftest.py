@@ -41,7 +41,12 @@ def snapshot(model):
             *(builtins.isinstance, torch.is_tensor, nn.Module.parameters, nn.Module.__setattr__),
             *(nn.Module.__call__, nn.Module.__getattr__, "training" in vars(nn.Module)),
             *(vars(torch.autograd.Function).get("apply"), torch.no_grad.__enter__),
-            *(torch.autocast.__exit__, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
+            *(
+                torch.autocast.__exit__,
+                torch.autocast.__init__,
+                torch.is_grad_enabled(),
+                torch.is_autocast_enabled("cpu"),
+            ),
             *(getattr(torch, name) for name in FACTORIES),
         ),
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn.utils import parametrize
 
 import npas_fx
 from npas_fx.passes.capture import capture
@@ -68,16 +69,41 @@ def test_weights_behind_a_reparametrization_are_sites(check):
         nn.utils.weight_norm(old.a)
     assert names(old) == ["a.weight_v", "b.weight"]
     check(old, x())
-    for reparametrize in (
-        nn.utils.parametrizations.weight_norm,
-        nn.utils.parametrizations.spectral_norm,
-    ):
-        model = Model()
-        reparametrize(model.a)
-        found = names(model)
-        assert len(found) == 2
-        assert "original" in found[0]
-        check(model, x())
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight.mul(2)
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_weights_behind_a_parametrization_are_sites(name, check):
+    def forward(self, x):
+        with parametrize.cached():
+            return self.run(x) + F.linear(self.a(x), self.a.weight.t())
+
+    model = Model(forward)
+    PARAMETRIZATIONS[name](model.a)
+    captured = capture(model, x())
+    assert not captured.leaves.keys() & {"", "a", "a.parametrizations.weight"}
+    found = {site.name: site for site in captured.inventory.sites}
+    assert len(found) == 2
+    assert {site.kind for site in found.values()} == {"linear"}
+    made = [node for node in captured.graph.nodes if node.op == "call_module"]
+    assert len(made) == 1
+    assert len(names(model)) == 2  # also without an example
+    with parametrize.cached():
+        capture(model, x())
+        assert not parametrize._cache
+    check(model, x(), by_copy=True)
 
 
 def test_a_subclass_of_linear_is_traced_through(check):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import npas_fx
 from npas_fx.passes import contexts
@@ -52,7 +52,13 @@ def both(self, value):
     return self.b(y), y
 
 
-FORWARDS = [no_grad, enable_grad, nested, decorated, autocast_off, both]
+def by_device(self, value):
+    with torch.autocast(value.device.type, enabled=False):
+        y = self.a(value.float())
+    return self.b(y), y
+
+
+FORWARDS = [no_grad, enable_grad, nested, decorated, autocast_off, both, by_device]
 EACH = pytest.mark.parametrize("forward", FORWARDS, ids=lambda function: function.__name__)
 
 
@@ -83,6 +89,13 @@ def test_under_the_caller_s_own_contexts(forward):
 
 def _all(output):
     return output if isinstance(output, tuple) else (output,)
+
+
+def test_the_device_is_that_of_the_call():
+    entered = [n for n in capture(net(by_device), x()).graph.nodes if n.target in SWITCHES]
+    assert isinstance(entered[0].args[0], fx.Node)
+    context = torch.autocast(device_type="cpu", enabled=False)  # as before the capture
+    assert "_npas_fx_device" not in vars(context)
 
 
 def test_an_error_halfway_leaves_nothing_behind():

@@ -1,9 +1,11 @@
 """Probes answer questions on shapes and types by example runs that compute nothing."""
 
 import copy
+import random
 import types
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +75,16 @@ def test_no_question_is_answered_by_data(falls_back):
         torch.testing.assert_close(emitted(each), emitted.a(value))
 
 
+def test_the_rank_of_what_depends_on_data_does_not(check):
+    def forward(self, value):
+        picked = value[value > -9]
+        is_flat = len(picked.shape) == 1 and len(picked.size()) == 1
+        return self.run(value) * (picked.mean() if is_flat else 100)
+
+    assert not capture(net(forward), x()).leaves
+    check(net(forward), x())
+
+
 def test_running_draws_no_random_number_and_changes_nothing():
     class Counts(nn.Module):
         def __init__(self):
@@ -98,6 +110,21 @@ def test_running_draws_no_random_number_and_changes_nothing():
     assert captured.leaves.keys() == {"counts"}
     assert model.counts.seen == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_call_that_draws_in_python_does_not_make_a_call_of_what_asks_about_its_result(check):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, value):
+            return self.fc(value) * random.random() * np.random.rand()
+
+    model = net(lambda self, x: self.run(self.noisy(x)) if self.noisy(x).shape[1] == 4 else x)
+    model.noisy = Noisy()
+    assert capture(model, x()).leaves.keys() == {"noisy"}
+    check(model, x())
 
 
 def test_the_user_s_own_mistake_is_not_known_either():

@@ -19,16 +19,6 @@ from npas_fx.passes.guards import check_guard
 from two_layers import net, x
 
 
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
-        return value * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 7
-
-
 class Named(collections.namedtuple("Named", ["y", "z"])):
     pass
 
@@ -323,10 +313,6 @@ def rebinds_a_buffer(self, x):
     return self.run(x) * self.count
 
 
-def custom_function(self, x):
-    return self.b(Double.apply(self.pre(x)))
-
-
 def python_random(self, x):
     return self.run(x) * random.random()
 
@@ -422,7 +408,6 @@ NOT_TRACED = {
     loops: "loops over a value",
     assigns_data: "attribute 'data' of a traced value",
     rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
-    custom_function: "autograd.Function Double",
     python_random: "random numbers in Python",
     numpy_random: "random numbers in Python",
     own_generator: "own attribute 'generator' at each call",
@@ -618,15 +603,57 @@ def test_a_lazy_module_is_refused():
         capture(nn.Sequential(nn.LazyLinear(3)))
 
 
-def test_a_module_that_is_handed_a_module_becomes_a_call(falls_back):
-    def forward(self, x):
-        return self.run(self.hand(x, self.a))
+class Tied(nn.Module):
+    """Applies the weight of a module that it is handed, and owns no weight itself."""
 
-    class Hand(nn.Module):
+    def forward(self, x, module):
+        return torch.tanh(x @ module.weight.t()) + module(x)
+
+
+def test_a_module_that_is_handed_a_module_is_traced(check):
+    model = net(lambda self, x: self.tied(self.run(x), self.a), tied=Tied())
+    captured = capture(model, x())
+    assert not captured.leaves.keys() & {"", "tied"}
+    (weight,) = (s for s in captured.inventory.sites if s.name == "a.weight")
+    assert weight.uses == 3
+    check(model, x())
+
+
+def test_a_called_module_is_handed_no_module(falls_back):
+    class Branches(Tied):
         def forward(self, x, module):
-            return x
+            return x if x.sum() > 1e9 else super().forward(x, module)
 
-    falls_back(net(forward, hand=Hand()), x(), match="hands a module .a Linear.")
+    class Hands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.branches = nn.Linear(4, 4), Branches()
+
+        def forward(self, x):
+            return self.branches(x, self.fc)
+
+    model = nn.Sequential(nn.Linear(4, 4), Hands())
+    falls_back(model, x(), path="1", match="hands a module .a Linear.")
+
+
+class Passes(nn.Module):
+    def forward(self, value, factor=None):
+        if factor is not None:
+            value = value * factor
+        return value
+
+
+@pytest.mark.parametrize("kind", [nn.Identity, Passes])
+def test_none_that_passes_through_a_module_is_none(kind, check):
+    def forward(self, x):
+        y = self.passes(None)
+        return self.run(x) if y is None else self.run(x) + 1
+
+    model = net(forward, passes=kind())
+    assert not capture(model, x()).leaves.keys() & {""}
+    check(model, x())
+    assert "may return None" in capture(model).leaves[""]
+    assert "" not in capture(net(lambda self, x: self.passes(self.run(x)), passes=kind())).leaves
 
 
 class Gate(nn.Module):
