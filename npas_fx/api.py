@@ -16,7 +16,7 @@ from npas_fx.generators import Generator
 from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import EmittedModule, emission_of, emit
-from npas_fx.passes.skeleton import clone, copy_with, empty_like
+from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules
 from npas_fx.solvers import Solver
@@ -275,7 +275,10 @@ def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
 
 
 def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save an emitted module: its plan, what was captured, and all its tensors.
+    """Save an emitted module: its plan, what was captured and with which inputs, all its tensors.
+
+    The example inputs are stored as they were given: tensors, numbers, strings, and lists, tuples
+    and dicts of these. What else there is in them has to be passed to ``load`` again.
 
     Args:
         shared: an emitted module, perhaps compiled or wrapped in DDP.
@@ -283,6 +286,9 @@ def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         StorageError: the folder cannot be written; what an earlier save wrote is then still there.
+
+    Warns:
+        StorageWarning: the folder cannot hold one of the example inputs.
     """
     storage.write_folder(_unwrap(shared), folder)
 
@@ -301,8 +307,8 @@ def load(
     Args:
         folder: written by ``save``.
         model: an instance of the architecture, meta device allowed; its values are not used.
-        example_inputs: those of the transform, if there were any: they say how it is called.
-        example_kwargs: likewise.
+        example_inputs: in place of those in the folder; needed where it does not hold them.
+        example_kwargs: likewise; what of the two is not passed then is not in the example.
         generators: those of the plan that are not built in.
 
     Returns:
@@ -310,11 +316,14 @@ def load(
         meta device is loaded to the CPU).
 
     Raises:
-        StorageError: a file is missing or damaged, or ``model`` is of another architecture.
+        StorageError: a file is missing or damaged, the folder does not hold the example inputs, or
+            ``model`` is of another architecture.
     """
     read = storage.read_plan(folder)
     storage.refuse_meta_constants(model)
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    passed = {"example_inputs": example_inputs, "example_kwargs": example_kwargs}
+    inputs = storage.read_inputs(folder, passed, device_of(_refuse_emitted(model)))
+    captured = capture(model, **inputs)
     storage.check_report(folder, captured)
     known = resolve_generators(generators)
     check_plan(read, captured.inventory, known)

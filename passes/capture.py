@@ -15,12 +15,13 @@ from npas_fx.ir import Inventory
 from npas_fx.passes.call import CallSignature, flatten_example, read_call
 from npas_fx.passes.call_state import may_keep_state
 from npas_fx.passes.flag_patterns import is_inside
+from npas_fx.passes.held_inputs import HeldInputs, hold_inputs
 from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import merge_modes
 from npas_fx.passes.probes import Changes, Probes
 from npas_fx.passes.refuse_models import refuse_models
-from npas_fx.passes.skeleton import make_skeleton, named_tensors
+from npas_fx.passes.skeleton import device_of, make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
 from npas_fx.passes.tracer import Trace, no_trace
 
@@ -54,6 +55,7 @@ class Capture:
         call: the arguments that the graphs were captured for.
         constants: path -> a tensor that a graph reads, but is no parameter or buffer.
         skeleton: the model without its values, on the meta device.
+        inputs: what it was captured with.
     """
 
     modes: tuple[ModeGraph, ...]
@@ -62,6 +64,7 @@ class Capture:
     call: CallSignature
     constants: Mapping[str, Tensor]
     skeleton: nn.Module
+    inputs: HeldInputs
 
     @property
     def graph(self) -> fx.Graph:
@@ -112,10 +115,16 @@ def capture(
     skeleton = make_skeleton(model)
     call = read_call(model, example_inputs, example_kwargs)
     probes = make_probes(model, call, example_inputs, example_kwargs)
+    arguments = {
+        "example_inputs": example_inputs,
+        "example_kwargs": None if example_kwargs is None else dict(example_kwargs),
+        "more_examples": (),
+    }
+    inputs = hold_inputs(arguments, device_of(model))
     reasons: dict[str, str] = {}
     while True:
         try:
-            return _capture_with(model, skeleton, call, reasons, probes)
+            return _capture_with(model, skeleton, call, reasons, probes, inputs)
         except UntraceableError as err:
             for path, reason in err.reasons.items():
                 while path in reasons:  # it is a call already: then what is around it has to be
@@ -129,6 +138,7 @@ def _capture_with(
     call: CallSignature,
     reasons: Mapping[str, str],
     probes: Probes | None,
+    inputs: HeldInputs,
 ) -> Capture:
     """Capture a model, parts of which stay calls.
 
@@ -205,6 +215,7 @@ def _capture_with(
         call=replace(call, types={**call.types, **assumed}),
         constants=constants,
         skeleton=skeleton,
+        inputs=inputs,
     )
 
 
