@@ -31,6 +31,7 @@ def transform(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
@@ -52,6 +53,10 @@ def transform(
             optional arguments are used, they answer what the model's code asks about shapes and
             types, and the result is verified on them.
         example_kwargs: keyword arguments, likewise.
+        more_examples: further examples, of another length or image size, say: where the model's
+            code does with one of them what it does not with another, that part is called as it is,
+            so that the result works for all. A list; each item is like ``example_inputs``, or a
+            dict where only ``example_kwargs`` is given, or a pair of the two where both are.
         include: names, globs or compiled regular expressions; only these weights may be shared.
         exclude: these stay as they are; wins over ``include``.
         keep_private: these stay parameters of their own, but count as weights that might not.
@@ -76,7 +81,7 @@ def transform(
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs, more_examples)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -87,7 +92,7 @@ def transform(
     chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
     emitted = _emit(model, captured, chosen, generators, seed)
     if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
     return emitted
 
 
@@ -97,6 +102,7 @@ def plan(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
@@ -112,7 +118,7 @@ def plan(
     Returns:
         The plan: print it, write it with ``to_json``, edit it, and hand it to ``apply``.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs, more_examples)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -128,6 +134,7 @@ def inspect(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
 ) -> Inventory:
     """Say what a model is made of, before any planning.
 
@@ -138,6 +145,7 @@ def inspect(
         model: any module; it is not changed.
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
+        more_examples: as for ``transform``.
 
     Returns:
         The inventory: print it for its sites by kind and role, what stays and why, the blocks that
@@ -147,7 +155,7 @@ def inspect(
     Raises:
         CaptureError: the model is wrapped, compiled or uninitialised.
     """
-    return capture(_refuse_emitted(model), example_inputs, example_kwargs).inventory
+    return capture(_refuse_emitted(model), example_inputs, example_kwargs, more_examples).inventory
 
 
 @torch.inference_mode(False)  # what it makes must be trainable
@@ -157,6 +165,7 @@ def apply(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     generators: Sequence[str | Generator] | None = None,
     verify: bool = True,
     seed: int = 0,
@@ -168,6 +177,7 @@ def apply(
         plan: from ``plan``, or read from a file and perhaps edited.
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
+        more_examples: as for ``transform``.
         generators: those of the plan that are not built in.
         verify: as for ``transform``.
         seed: of the new banks.
@@ -177,10 +187,10 @@ def apply(
         CaptureError: as for ``transform``.
         VerificationError: as for ``transform``.
     """
-    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs)
+    captured = capture(_refuse_emitted(model), example_inputs, example_kwargs, more_examples)
     emitted = _emit(model, captured, plan, generators, seed)
     if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
     return emitted
 
 
@@ -300,6 +310,7 @@ def load(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] | None = None,
     generators: Sequence[str | Generator] | None = None,
 ) -> EmittedModule:
     """Load what ``save`` wrote; nothing is unpickled.
@@ -309,6 +320,7 @@ def load(
         model: an instance of the architecture, meta device allowed; its values are not used.
         example_inputs: in place of those in the folder; needed where it does not hold them.
         example_kwargs: likewise; what of the two is not passed then is not in the example.
+        more_examples: likewise; of the same form.
         generators: those of the plan that are not built in.
 
     Returns:
@@ -321,7 +333,11 @@ def load(
     """
     read = storage.read_plan(folder)
     storage.refuse_meta_constants(model)
-    passed = {"example_inputs": example_inputs, "example_kwargs": example_kwargs}
+    passed = {
+        "example_inputs": example_inputs,
+        "example_kwargs": example_kwargs,
+        "more_examples": more_examples,
+    }
     inputs = storage.read_inputs(folder, passed, device_of(_refuse_emitted(model)))
     captured = capture(model, **inputs)
     storage.check_report(folder, captured)

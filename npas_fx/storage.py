@@ -123,7 +123,7 @@ def read_inputs(
     if given.intersection(_EXAMPLE):
         given.update(_EXAMPLE)
     if INPUTS not in _read_digests(source):  # of an early version
-        return dict(passed)
+        return {**passed, "more_examples": passed["more_examples"] or ()}
     read: dict[str, Any] = {}
     missing: dict[str, str] = {}
     try:

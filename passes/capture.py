@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
-from npas_fx.passes.call import CallSignature, flatten_example, read_call
+from npas_fx.passes.call import CallSignature, read_call
 from npas_fx.passes.call_state import may_keep_state
+from npas_fx.passes.examples import read_examples, read_inputs
 from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.held_inputs import HeldInputs, hold_inputs
 from npas_fx.passes.inventory import list_opaque, take_inventory
@@ -95,7 +96,10 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
 ) -> Capture:
     """Turn a model into a graph and an inventory; the model is not run and not changed.
 
@@ -107,18 +111,21 @@ def capture(
         model: any module; it may be on the meta device.
         example_inputs: positional arguments that say which arguments of ``forward`` are given.
         example_kwargs: the same for keyword arguments.
+        more_examples: further ones; see ``read_examples``.
 
     Raises:
-        CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike.
+        CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike;
+            or the examples do not fit it, or each other.
     """
     refuse_models(model)
     skeleton = make_skeleton(model)
     call = read_call(model, example_inputs, example_kwargs)
-    probes = make_probes(model, call, example_inputs, example_kwargs)
+    examples = read_examples(example_inputs, example_kwargs, more_examples)
+    probes = Probes(model, *read_inputs(model, call, examples)) if examples else None
     arguments = {
         "example_inputs": example_inputs,
         "example_kwargs": None if example_kwargs is None else dict(example_kwargs),
-        "more_examples": (),
+        "more_examples": more_examples,
     }
     inputs = hold_inputs(arguments, device_of(model))
     reasons: dict[str, str] = {}
@@ -261,15 +268,6 @@ def _all_leaves(modes: Sequence[ModeGraph]) -> dict[str, str]:
 def _num_opaque(skeleton: nn.Module, mode: ModeGraph) -> int:
     """How many parameters stand in modules that the graph calls."""
     return sum(opaque.numel for opaque in list_opaque(mode.leaves, skeleton))
-
-
-def make_probes(
-    model: nn.Module, call: CallSignature, example_inputs: Any, example_kwargs: Any
-) -> Probes | None:
-    """Make probes of an example; None without one."""
-    if example_inputs is None and example_kwargs is None:
-        return None
-    return Probes(model, flatten_example(call, example_inputs, example_kwargs))
 
 
 def _call_whole(skeleton: nn.Module, call: CallSignature) -> fx.Graph:

@@ -386,6 +386,50 @@ def test_what_a_folder_cannot_hold_is_passed_again(tmp_path):
         assert torch.equal(one, two)
 
 
+class Shortens(nn.Module):
+    """Goes another way where there are many rows behind each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, *, cache=None):
+        return self.two(self.one(x[:, :3] if x.shape[1] > 3 else x))
+
+
+SHORT, LONG = torch.randn(2, 2, 4), torch.randn(2, 5, 4)
+
+
+def test_a_folder_holds_further_examples(tmp_path):
+    shared = transform(Shortens(), 0.8, example_inputs=SHORT, more_examples=[LONG])
+    npas_fx.save(shared, tmp_path)
+    with torch.device("meta"):
+        model = Shortens()
+    for passed in ({}, {"example_inputs": SHORT}):
+        loaded = npas_fx.load(tmp_path, model, **passed)
+        for x in (SHORT, LONG):
+            assert torch.equal(loaded(x), shared(x))
+    with pytest.raises(StorageError, match=r"leaves : 'Shortens' saved, None now"):
+        npas_fx.load(tmp_path, model, more_examples=())
+
+
+def test_further_examples_that_a_folder_cannot_hold_are_passed_again(tmp_path):
+    def examples():
+        return [{"x": x, "cache": Cache()} for x in (SHORT, LONG)]
+
+    example, *further = examples()
+    shared = transform(Shortens(), 0.8, example_kwargs=example, more_examples=further)
+    with pytest.warns(StorageWarning) as caught:
+        npas_fx.save(shared, tmp_path)
+    assert len(caught) == 2
+    why = r"does not hold more_examples\[0\]\['cache'\] \(a Cache\); pass more_examples"
+    with pytest.raises(StorageError, match=why):
+        npas_fx.load(tmp_path, Shortens(), example_kwargs=example)
+    loaded = npas_fx.load(tmp_path, Shortens(), example_kwargs=example, more_examples=further)
+    for each in examples():
+        assert torch.equal(loaded(**each), shared(**each))
+
+
 def test_inputs_that_were_cut_short_are_refused(saved):
     path = saved / "inputs.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
