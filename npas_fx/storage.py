@@ -124,8 +124,7 @@ def read_inputs(
         given.update(_EXAMPLE)
     if INPUTS not in _read_digests(source):  # of an early version
         return {**passed, "more_examples": passed["more_examples"] or ()}
-    read: dict[str, Any] = {}
-    missing: dict[str, str] = {}
+    inputs = dict(passed)
     try:
         held = HeldInputs(
             structure=json.loads(_read_text(source / INPUTS)),
@@ -133,14 +132,13 @@ def read_inputs(
         )
         for name in (name for name in passed if name not in given):
             if why := held.why_not_held(name):
-                missing[name] = why
-            else:
-                read[name] = held.read(name, device)
+                raise StorageError(f"{source} does not hold {why}; pass {name} to npas_fx.load")
+            inputs[name] = held.read(name, device)
+    except StorageError:
+        raise
     except Exception as err:  # of any kind, if the data are none of ours
         raise StorageError(f"{source / INPUTS} is damaged: {err!r}") from err
-    for name, why in missing.items():
-        raise StorageError(f"{source} does not hold {why}; pass {name} to npas_fx.load")
-    return {**passed, **read}
+    return inputs
 
 
 def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:

@@ -122,10 +122,11 @@ def capture(
     call = read_call(model, example_inputs, example_kwargs)
     examples = read_examples(example_inputs, example_kwargs, more_examples)
     probes = Probes(model, *read_inputs(model, call, examples)) if examples else None
+    by_name = example_inputs is None  # then all are mappings, perhaps of a class of their own
     arguments = {
         "example_inputs": example_inputs,
         "example_kwargs": None if example_kwargs is None else dict(example_kwargs),
-        "more_examples": more_examples,
+        "more_examples": [dict(item) for item in more_examples] if by_name else more_examples,
     }
     inputs = hold_inputs(arguments, device_of(model))
     reasons: dict[str, str] = {}

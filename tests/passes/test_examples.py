@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import UserDict
 from contextlib import suppress
 
 import pytest
@@ -227,6 +228,14 @@ def test_further_examples_have_the_form_of_the_first(form):
     )
     args, kwargs = make_call(7)
     assert_same(emitted, model, args, kwargs)
+
+
+def test_keyword_arguments_may_come_in_any_mapping():
+    """As a tokenizer gives them; a folder holds them as dicts."""
+    examples = [UserDict(x=x(3, 4)), UserDict(x=x(5, 4))]
+    held = capture(Masked(), None, examples[0], examples[1:]).inputs
+    assert not held.why_not_held("example_kwargs")
+    assert type(held.read("more_examples", "cpu")[0]) is dict
 
 
 @pytest.mark.parametrize(
