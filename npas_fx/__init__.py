@@ -22,6 +22,7 @@ from npas_fx.errors import (
     RewriteError,
     RuleError,
     StorageError,
+    StorageWarning,
     VerificationError,
 )
 from npas_fx.ir import Budget, Inventory, Plan
@@ -41,6 +42,7 @@ __all__ = [
     "RewriteError",
     "RuleError",
     "StorageError",
+    "StorageWarning",
     "VerificationError",
     "apply",
     "inspect",

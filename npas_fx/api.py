@@ -17,7 +17,7 @@ from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.emit import emit as emit_module
-from npas_fx.passes.skeleton import clone, copy_with, empty_like
+from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules
 from npas_fx.solvers import Solver
@@ -32,6 +32,7 @@ def transform(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
@@ -55,6 +56,10 @@ def transform(
             optional arguments are used, they answer what the model's code asks about shapes and
             types, and the result is verified on them.
         example_kwargs: keyword arguments, likewise.
+        more_examples: further examples, of another length or image size, say: where the model's
+            code does with one of them what it does not with another, that part is called as it is,
+            so that the result works for all. A list; each item is like ``example_inputs``, or a
+            dict where only ``example_kwargs`` is given, or a pair of the two where both are.
         include: names, globs or compiled regular expressions; only these weights may be shared.
         exclude: these stay as they are; wins over ``include``.
         keep_private: these stay parameters of their own, but count as weights that might not.
@@ -85,7 +90,7 @@ def transform(
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
     options = EmitOptions(emit=emit, on_guard=on_guard)
-    captured = _capture(model, example_inputs, example_kwargs, options)
+    captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -96,7 +101,7 @@ def transform(
     chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
     emitted = _emit(model, captured, chosen, generators, seed, options)
     if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
     return emitted
 
 
@@ -106,6 +111,7 @@ def plan(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
@@ -124,7 +130,7 @@ def plan(
         The plan: print it, write it with ``to_json``, edit it, and hand it to ``apply``.
     """
     options = EmitOptions(emit=emit, on_guard=on_guard)
-    captured = _capture(model, example_inputs, example_kwargs, options)
+    captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
     rules = apply_rules(
         captured.inventory,
         include=include,
@@ -140,6 +146,7 @@ def inspect(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
 ) -> Inventory:
     """Say what a model is made of, before any planning.
 
@@ -150,6 +157,7 @@ def inspect(
         model: any module; it is not changed.
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
+        more_examples: as for ``transform``.
 
     Returns:
         The inventory: print it for its sites by kind and role, what stays and why, the blocks that
@@ -159,7 +167,7 @@ def inspect(
     Raises:
         CaptureError: the model is wrapped, compiled or uninitialised.
     """
-    return capture(_refuse_emitted(model), example_inputs, example_kwargs).inventory
+    return capture(_refuse_emitted(model), example_inputs, example_kwargs, more_examples).inventory
 
 
 @torch.inference_mode(False)  # what it makes must be trainable
@@ -169,6 +177,7 @@ def apply(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     generators: Sequence[str | Generator] | None = None,
     emit: str = "graph",
     on_guard: str = "error",
@@ -182,6 +191,7 @@ def apply(
         plan: from ``plan``, or read from a file and perhaps edited.
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
+        more_examples: as for ``transform``.
         generators: those of the plan that are not built in.
         emit: as for ``transform``; the same for the plan.
         on_guard: likewise.
@@ -194,10 +204,10 @@ def apply(
         VerificationError: as for ``transform``.
     """
     options = EmitOptions(emit=emit, on_guard=on_guard)
-    captured = _capture(model, example_inputs, example_kwargs, options)
+    captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
     emitted = _emit(model, captured, plan, generators, seed, options)
     if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, seed=seed)
+        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
     return emitted
 
 
@@ -205,9 +215,10 @@ def _capture(
     model: nn.Module,
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
+    more_examples: Sequence[Any],
     options: EmitOptions,
 ) -> Capture:
-    given = _refuse_emitted(model), example_inputs, example_kwargs
+    given = _refuse_emitted(model), example_inputs, example_kwargs, more_examples
     return capture(*given, keeps_code=options.keeps_code)
 
 
@@ -303,7 +314,10 @@ def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
 
 
 def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save an emitted module: its plan, what was captured, and all its tensors.
+    """Save an emitted module: its plan, what was captured and with which inputs, all its tensors.
+
+    The example inputs are stored as they were given: tensors, numbers, strings, and lists, tuples
+    and dicts of these. What else there is in them has to be passed to ``load`` again.
 
     Args:
         shared: an emitted module, perhaps compiled or wrapped in DDP.
@@ -311,6 +325,9 @@ def save(shared: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         StorageError: the folder cannot be written; what an earlier save wrote is then still there.
+
+    Warns:
+        StorageWarning: the folder cannot hold one of the example inputs.
     """
     storage.write_folder(_unwrap(shared), folder)
 
@@ -322,6 +339,7 @@ def load(
     *,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] | None = None,
     generators: Sequence[str | Generator] | None = None,
 ) -> EmittedModule:
     """Load what ``save`` wrote; nothing is unpickled.
@@ -329,8 +347,9 @@ def load(
     Args:
         folder: written by ``save``.
         model: an instance of the architecture, meta device allowed; its values are not used.
-        example_inputs: those of the transform, if there were any: they say how it is called.
-        example_kwargs: likewise.
+        example_inputs: in place of those in the folder; needed where it does not hold them.
+        example_kwargs: likewise; what of the two is not passed then is not in the example.
+        more_examples: likewise; of the same form.
         generators: those of the plan that are not built in.
 
     Returns:
@@ -338,12 +357,19 @@ def load(
         meta device is loaded to the CPU).
 
     Raises:
-        StorageError: a file is missing or damaged, or ``model`` is of another architecture.
+        StorageError: a file is missing or damaged, the folder does not hold the example inputs, or
+            ``model`` is of another architecture.
     """
     read = storage.read_plan(folder)
     storage.refuse_meta_constants(model)
     options = storage.read_options(folder)
-    captured = _capture(model, example_inputs, example_kwargs, options)
+    passed = {
+        "example_inputs": example_inputs,
+        "example_kwargs": example_kwargs,
+        "more_examples": more_examples,
+    }
+    inputs = storage.read_inputs(folder, passed, device_of(_refuse_emitted(model)))
+    captured = _capture(model, **inputs, options=options)
     storage.check_report(folder, captured)
     known = resolve_generators(generators)
     check_plan(read, captured.inventory, known)

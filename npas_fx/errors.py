@@ -83,3 +83,7 @@ class VerificationError(NPASError):
 
 class StorageError(NPASError):
     """A folder cannot be written, or does not hold what ``load`` needs."""
+
+
+class StorageWarning(UserWarning):
+    """``save`` could not write an input of the capture; says what ``load`` has to be given."""

@@ -5,48 +5,66 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from npas_fx.banks import Bank
-from npas_fx.errors import PlanError, StorageError
+from npas_fx.errors import PlanError, StorageError, StorageWarning
 from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
 from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
+from npas_fx.passes.held_inputs import HeldInputs
 
 PLAN, CAPTURE, WEIGHTS = "plan.json", "capture.json", "weights.safetensors"
+INPUTS, INPUT_TENSORS = "inputs.json", "inputs.safetensors"
+_EXAMPLE = ("example_inputs", "example_kwargs")  # one example
 
 
 def write_folder(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
-    """Write plan, capture report and all tensors of a module; see ``npas_fx.save``."""
+    """Write plan, capture report, example inputs and all tensors; see ``npas_fx.save``."""
     target = Path(folder)
     emission = emission_of(module)
-    plan = emission.plan.to_json()
+    inputs = emission.capture.inputs
     captured = {**emission.capture.report(), "options": asdict(emission.options)}
-    report = json.dumps(captured, indent=2, ensure_ascii=False) + "\n"
+    texts = {
+        INPUTS: json.dumps(inputs.structure, indent=2, allow_nan=False) + "\n",
+        CAPTURE: json.dumps(captured, indent=2, ensure_ascii=False) + "\n",
+        PLAN: emission.plan.to_json(),
+    }
+    given = save(dict(inputs.tensors))
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
+    digests = {name: _digest(text.encode()) for name, text in texts.items()}
+    digests[INPUT_TENSORS] = _digest(given)
     # One entry: safetensors writes several in any order.
-    metadata = {"npas_fx": json.dumps({PLAN: _digest(plan), CAPTURE: _digest(report)})}
+    metadata = {"npas_fx": json.dumps(digests)}
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise StorageError(f"{target} cannot be made a folder: {err}") from err
-    # The weights name the other two by their digests: a mixture of two saves is noticed.
-    _write_all(
-        target,
-        {
-            WEIGHTS: lambda path: save_file(tensors, path, metadata=metadata),
-            CAPTURE: lambda path: path.write_text(report, encoding="utf-8"),
-            PLAN: lambda path: path.write_text(plan, encoding="utf-8"),
-        },
-    )
+    # The weights name the other files by their digests: a mixture of two saves is noticed.
+    writers: dict[str, Callable[[Path], object]] = {
+        WEIGHTS: lambda path: save_file(tensors, path, metadata=metadata),
+        INPUT_TENSORS: lambda path: path.write_bytes(given),
+    }
+    for name, text in texts.items():
+        writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
+    _write_all(target, writers)
+    for argument in inputs.structure:
+        if why := inputs.why_not_held(argument):
+            warnings.warn(
+                f"{target} cannot hold {why}; pass {argument} to npas_fx.load again",
+                StorageWarning,
+                stacklevel=3,
+            )
 
 
 def _write_all(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
@@ -68,19 +86,22 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
     """Read the plan of a folder.
 
     Raises:
-        StorageError: a file is missing, or plan and weights are not of one save.
+        StorageError: a file is missing, or the files are not of one save.
     """
     source = Path(folder)
-    texts = {name: _read_text(source / name) for name in (PLAN, CAPTURE)}
-    digests = json.loads(_read_metadata(source / WEIGHTS).get("npas_fx", "{}"))
-    for name, text in texts.items():
-        if digests.get(name) != _digest(text):
+    contents = {name: _read_text(source / name).encode() for name in (PLAN, CAPTURE)}
+    digests = _read_digests(source)
+    if INPUTS in digests:  # not of an early version
+        contents[INPUTS] = _read_text(source / INPUTS).encode()
+        contents[INPUT_TENSORS] = _read_bytes(source / INPUT_TENSORS)
+    for name, content in contents.items():
+        if digests.get(name) != _digest(content):
             raise StorageError(
                 f"{source / name} is not the one that {WEIGHTS} was saved with (it was edited, or "
                 "saving was interrupted); restore it, or apply the plan to a model instead"
             )
     try:
-        return Plan.from_json(texts[PLAN])
+        return Plan.from_json(contents[PLAN].decode())
     except PlanError as err:
         raise StorageError(f"{source / PLAN}: {err}") from err
 
@@ -88,6 +109,43 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
 def read_options(folder: str | os.PathLike[str]) -> EmitOptions:
     """Read how the module in a folder was emitted."""
     return EmitOptions(**json.loads(_read_text(Path(folder) / CAPTURE)).get("options", {}))
+
+
+def read_inputs(
+    folder: str | os.PathLike[str], passed: Mapping[str, Any], device: torch.device | str
+) -> dict[str, Any]:
+    """Read the example inputs of a folder, but for those that are passed.
+
+    Args:
+        folder: one that ``read_plan`` has checked.
+        passed: name -> value of the arguments of ``npas_fx.load``; None is not passed, but that
+            ``example_inputs`` and ``example_kwargs`` are one example.
+        device: of the model.
+
+    Raises:
+        StorageError: the folder does not hold what is not passed, or it is damaged.
+    """
+    source = Path(folder)
+    given = {name for name, value in passed.items() if value is not None}
+    if given.intersection(_EXAMPLE):
+        given.update(_EXAMPLE)
+    if INPUTS not in _read_digests(source):  # of an early version
+        return {**passed, "more_examples": passed["more_examples"] or ()}
+    inputs = dict(passed)
+    try:
+        held = HeldInputs(
+            structure=json.loads(_read_text(source / INPUTS)),
+            tensors=load(_read_bytes(source / INPUT_TENSORS)),
+        )
+        for name in (name for name in passed if name not in given):
+            if why := held.why_not_held(name):
+                raise StorageError(f"{source} does not hold {why}; pass {name} to npas_fx.load")
+            inputs[name] = held.read(name, device)
+    except StorageError:
+        raise
+    except Exception as err:  # of any kind, if the data are none of ours
+        raise StorageError(f"{source / INPUTS} is damaged: {err!r}") from err
+    return inputs
 
 
 def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
@@ -165,17 +223,27 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read_text(path: Path) -> str:
+    return _read_bytes(path).decode().replace("\r\n", "\n")  # as Windows writes it
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except OSError as err:
         raise StorageError(
             f"{path} cannot be read: {err}; is it a folder of npas_fx.save?"
         ) from err
+
+
+def _read_digests(folder: Path) -> dict[str, str]:
+    """Name of each other file -> its digest when the weights were written."""
+    digests: dict[str, str] = json.loads(_read_metadata(folder / WEIGHTS).get("npas_fx", "{}"))
+    return digests
 
 
 def _read_metadata(path: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import CaptureError, VerificationError
-from npas_fx.passes.call import as_tuple
 from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.examples import Example, read_examples
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import copy_with
 
@@ -25,15 +25,17 @@ CONSTANT = 1e-3  # deviation below which a weight has little of its own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What one mode gave.
+    """What one example gave in one mode.
 
     Attributes:
+        example: ``the example``, or which of the further ones.
         mode: ``train`` or ``eval``.
         outputs: largest difference of an output, as a share of its largest entry.
         gradients: the same for the gradients of all trainable parameters.
         buffers: the same for the buffers after the call.
     """
 
+    example: str
     mode: str
     outputs: float
     gradients: float
@@ -45,10 +47,11 @@ def verify(
     model: nn.Module,
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     *,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """Run the rewrite oracle in train and in eval mode.
+    """Run the rewrite oracle on each example in train and in eval mode.
 
     The original's own classes are run with the weights that the emitted module generates in the
     place of its parameters, with the same random numbers, and with the same noise on vectors and on
@@ -59,15 +62,19 @@ def verify(
         model: the original.
         example_inputs: a tensor, or a tuple of positional arguments.
         example_kwargs: keyword arguments.
+        more_examples: further examples, of the same form.
         seed: of the random numbers.
 
     Raises:
         VerificationError: outputs, gradients or buffers differ by more than the tolerances.
-        CaptureError: the model itself fails on the example.
+        CaptureError: the model itself fails on an example.
     """
-    args = tuple(map(_recordable, as_tuple(example_inputs)))
-    kwargs = {name: _recordable(value) for name, value in (example_kwargs or {}).items()}
-    return tuple(_compare(shared, model, args, kwargs, mode, seed) for mode in (True, False))
+    examples = read_examples(example_inputs, example_kwargs, more_examples)
+    return tuple(
+        _compare(shared, model, example, mode, seed)
+        for example in examples
+        for mode in (True, False)
+    )
 
 
 def _recordable(value: Any) -> Any:
@@ -78,12 +85,13 @@ def _recordable(value: Any) -> Any:
 def _compare(
     shared: EmittedModule,
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    example: Example,
     is_training: bool,
     seed: int,
 ) -> Comparison:
     mode = "train" if is_training else "eval"
+    args = tuple(map(_recordable, example.args))
+    kwargs = {name: _recordable(value) for name, value in example.kwargs.items()}
 
     def run_original(noise: float) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         owner = _copy_with_noise(shared, noise, seed)
@@ -99,8 +107,8 @@ def _compare(
             return *_run(call, owner, seed), buffers
         except Exception as err:
             raise CaptureError(
-                f"the model raised {type(err).__name__} on the example in {mode} mode: {err}; pass "
-                "an example that runs"
+                f"the model raised {type(err).__name__} on {example.name} in {mode} mode: {err}; "
+                "pass an example that runs"
             ) from err
 
     noise = NOISE
@@ -113,10 +121,13 @@ def _compare(
     owned = dict(emitted.named_buffers(remove_duplicate=False))
     updated = {name: owned[name] for name in buffers}
     return Comparison(
+        example=example.name,
         mode=mode,
-        outputs=_difference(f"outputs in {mode} mode", output, expected[0], 0),
-        gradients=_difference(f"gradients in {mode} mode", gradients, expected[1], 1),
-        buffers=_difference(f"buffers in {mode} mode", updated, buffers, 0),
+        outputs=_difference(f"{example.name}: outputs in {mode} mode", output, expected[0], 0),
+        gradients=_difference(
+            f"{example.name}: gradients in {mode} mode", gradients, expected[1], 1
+        ),
+        buffers=_difference(f"{example.name}: buffers in {mode} mode", updated, buffers, 0),
     )
 
 

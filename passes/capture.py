@@ -12,16 +12,18 @@ from torch import Tensor, fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.ir import Inventory
-from npas_fx.passes.call import CallSignature, flatten_example, read_call
+from npas_fx.passes.call import CallSignature, read_call
 from npas_fx.passes.call_state import may_keep_state
+from npas_fx.passes.examples import read_examples, read_inputs
 from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.held_inputs import HeldInputs, hold_inputs
 from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import merge_modes
 from npas_fx.passes.probes import Changes, Probes
 from npas_fx.passes.refuse_models import refuse_models
-from npas_fx.passes.skeleton import make_skeleton, named_tensors
+from npas_fx.passes.skeleton import device_of, make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
 from npas_fx.passes.tracer import Trace, no_trace
 
@@ -55,6 +57,7 @@ class Capture:
         call: the arguments that the graphs were captured for.
         constants: path -> a tensor that a graph reads, but is no parameter or buffer.
         skeleton: the model without its values, on the meta device.
+        inputs: what it was captured with.
     """
 
     modes: tuple[ModeGraph, ...]
@@ -63,6 +66,7 @@ class Capture:
     call: CallSignature
     constants: Mapping[str, Tensor]
     skeleton: nn.Module
+    inputs: HeldInputs
 
     @property
     def graph(self) -> fx.Graph:
@@ -96,6 +100,7 @@ def capture(
     model: nn.Module,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
     *,
     keeps_code: bool = False,
 ) -> Capture:
@@ -109,20 +114,30 @@ def capture(
         model: any module; it may be on the meta device.
         example_inputs: positional arguments that say which arguments of ``forward`` are given.
         example_kwargs: the same for keyword arguments.
+        more_examples: further ones; see ``read_examples``.
         keeps_code: whether the model's own code is to run on generated weights; what it reads
             behind torch's back, or changes in place, then stays plain.
 
     Raises:
-        CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike.
+        CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike;
+            or the examples do not fit it, or each other.
     """
     refuse_models(model)
     skeleton = make_skeleton(model)
     call = read_call(model, example_inputs, example_kwargs)
-    probes = make_probes(model, call, example_inputs, example_kwargs)
+    examples = read_examples(example_inputs, example_kwargs, more_examples)
+    probes = Probes(model, *read_inputs(model, call, examples)) if examples else None
+    by_name = example_inputs is None  # then all are mappings, perhaps of a class of their own
+    arguments = {
+        "example_inputs": example_inputs,
+        "example_kwargs": None if example_kwargs is None else dict(example_kwargs),
+        "more_examples": [dict(item) for item in more_examples] if by_name else more_examples,
+    }
+    inputs = hold_inputs(arguments, device_of(model))
     reasons: dict[str, str] = {}
     while True:
         try:
-            return _capture_with(model, skeleton, call, reasons, probes, keeps_code)
+            return _capture_with(model, skeleton, call, reasons, probes, inputs, keeps_code)
         except UntraceableError as err:
             for path, reason in err.reasons.items():
                 while path in reasons:  # it is a call already: then what is around it has to be
@@ -136,6 +151,7 @@ def _capture_with(
     call: CallSignature,
     reasons: Mapping[str, str],
     probes: Probes | None,
+    inputs: HeldInputs,
     keeps_code: bool,
 ) -> Capture:
     """Capture a model, parts of which stay calls.
@@ -217,6 +233,7 @@ def _capture_with(
         call=replace(call, types={**call.types, **assumed}),
         constants=constants,
         skeleton=skeleton,
+        inputs=inputs,
     )
 
 
@@ -262,15 +279,6 @@ def _all_leaves(modes: Sequence[ModeGraph]) -> dict[str, str]:
 def _num_opaque(skeleton: nn.Module, mode: ModeGraph) -> int:
     """How many parameters stand in modules that the graph calls."""
     return sum(opaque.numel for opaque in list_opaque(mode.leaves, skeleton))
-
-
-def make_probes(
-    model: nn.Module, call: CallSignature, example_inputs: Any, example_kwargs: Any
-) -> Probes | None:
-    """Make probes of an example; None without one."""
-    if example_inputs is None and example_kwargs is None:
-        return None
-    return Probes(model, flatten_example(call, example_inputs, example_kwargs))
 
 
 def _call_whole(skeleton: nn.Module, call: CallSignature) -> fx.Graph:

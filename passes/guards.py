@@ -39,7 +39,7 @@ def check_guard(value: Any, question: str, expected: Any, what: str, where: str)
     if answer != expected:
         raise GuardError(
             f"captured for {what} = {expected!r}, called with {answer!r} at {where}; pass an "
-            'example that covers it, or use on_guard="fallback"'
+            'example that covers it in more_examples, or use on_guard="fallback"'
         )
 
 

@@ -63,24 +63,32 @@ class Changes:
 class Probes:
     """A model and a few sets of inputs, all of tensors without values.
 
-    The inputs are the example, and the same with other numbers of rows: so that what depends on the
-    size of a batch is seen to.
+    The inputs are the example, the same with other numbers of rows, and further examples: so that
+    what depends on the size of a batch, or on what differs between the examples, is seen to.
 
     Args:
         model: it is not run; it may be on the meta device.
         inputs: name of each input of the graph -> its value in the example.
+        further: the same of each further example.
+
+    Attributes:
+        derived: which of the probes the user has not given; they may not fit the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], *further: Mapping[str, Any]
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.flags: dict[str, bool] = {}
         self._model: nn.Module | None = model
-        self._example = dict(inputs)
-        tensors = [v for v in pytree.tree_leaves(self._example) if isinstance(v, Tensor)]
+        self._examples = [inputs, *further]
+        tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
         batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
         self._batch = batches.most_common(1)[0][0] if batches else 0
         self._rows = _choose_rows(self._batch)
+        self.derived = range(1, len(self._rows))
         self.inputs = [pytree.tree_map_only(Tensor, self._faker(n), inputs) for n in self._rows]
+        self.inputs += [pytree.tree_map_only(Tensor, self.fake, each) for each in further]
 
     def root(self) -> nn.Module:
         """The model without values, in the mode that ``flags`` tell; made when it is needed."""
@@ -94,7 +102,7 @@ class Probes:
         return copy_with(self._model, lambda _, tensor: self.fake(tensor))
 
     def drop_values(self, *, is_over: bool) -> None:
-        """Let go of the model and of the example.
+        """Let go of the model and of the examples.
 
         Args:
             is_over: nothing is asked any more; else what needs values is not known from here on.
@@ -102,7 +110,7 @@ class Probes:
         if not is_over:
             self._root  # noqa: B018  # made while the model is there
         self._model = None
-        self._example = {}
+        self._examples = []
 
     def fake(self, tensor: Tensor, num_rows: int | None = None) -> Tensor:
         """Make a tensor of the same shape and type, perhaps with another number of rows."""
@@ -132,7 +140,7 @@ class Probes:
     def find_changes(
         self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
     ) -> Changes | None:
-        """Find what a call of the model changes, by calling a copy; None where that fails.
+        """Find what calls of the model change, by calling copies; None where that fails.
 
         Args:
             call: runs a module on inputs by name.
@@ -140,18 +148,35 @@ class Probes:
         """
         if self._model is None or _is_meta(self._model):
             return None
-        root = copy_with(self._model, lambda _, tensor: clone(tensor)).train(is_training)
+        given = [probe for probe in range(len(self.inputs)) if probe not in self.derived]
+        found = [self._find_changes(self._model, call, is_training, probe) for probe in given]
+        changes = [each for each in found if each is not None]
+        if len(changes) < len(found):
+            return None
+        return Changes(
+            parameters=frozenset[str]().union(*(each.parameters for each in changes)),
+            modules=frozenset[str]().union(*(each.modules for each in changes)),
+        )
+
+    def _find_changes(
+        self,
+        model: nn.Module,
+        call: Callable[[nn.Module, Mapping[str, Any]], Any],
+        is_training: bool,
+        probe: int,
+    ) -> Changes | None:
+        root = copy_with(model, lambda _, tensor: clone(tensor)).train(is_training)
         before = {name: parameter._version for name, parameter in root.named_parameters()}
         state = read_state(root)
         random = RandomState()
         try:
             with torch.no_grad():
-                call(root, self.real_inputs(0))
+                call(root, self.real_inputs(probe))
         except Exception:  # the oracle will say so
             return None
         finally:
             random.put_back()
-        known, now = dict(self._model.named_parameters()), read_state(root)
+        known, now = dict(model.named_parameters()), read_state(root)
         return Changes(
             parameters=frozenset(
                 name
@@ -167,16 +192,20 @@ class Probes:
         )
 
     def real_inputs(self, probe: int) -> dict[str, Any]:
-        """The inputs of a probe with values: rows of the example, some of them twice."""
-        rows = torch.arange(self._rows[probe]) % max(self._batch, 1)
+        """The inputs of a probe with values: an example, or rows of the first, some twice."""
+        further = probe - len(self._rows)
+        rows = None if further >= 0 else torch.arange(self._rows[probe]) % max(self._batch, 1)
+        example = self._examples[max(0, further + 1)]
 
         def real(tensor: Tensor) -> Tensor:
             copied = tensor.detach().clone()
-            return copied[rows.to(tensor.device)] if self._is_batch(tensor) else copied
+            if rows is None or not self._is_batch(tensor):
+                return copied
+            return copied[rows.to(tensor.device)]
 
         return {
             name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
-            for name, value in self._example.items()
+            for name, value in example.items()
         }
 
 
@@ -264,7 +293,7 @@ class Values:
                 try:
                     known[probe] = self.run(partial(self._compute_from_data, node, probe))
                 except Exception:
-                    if probe == self.alive[0]:
+                    if probe not in self.probes.derived:
                         return None
                     self.alive.remove(probe)
                 else:

@@ -17,6 +17,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's tensors; the CPU for one that is on the meta device or has none."""
+    device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """Copy a module tree, with another tensor in the place of each parameter and buffer.
 

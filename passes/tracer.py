@@ -23,6 +23,7 @@ from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
 from npas_fx.passes.contexts import write_enter, write_leave
 from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.guards import describe
 from npas_fx.passes.leaves import makes_own_weights, owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
@@ -367,14 +368,16 @@ class Tracer(fx.Tracer):
         if self._may_be_none(node):
             values = self.questions.values_of(node)
             if values is None or self.questions.depends_on_data(node):
-                self._refuse_none(node)
+                self._refuse_unknown(node)
             if values is not None and any(value is None for value in values):
                 if self.questions.ask(proxy, "is None") is UNKNOWN:
-                    raise self.refusal("whether a value is None depends on the number of rows")
+                    raise self.refusal(
+                        "whether a value is None depends on the number of rows, or on the example"
+                    )
                 return None
         return proxy
 
-    def _refuse_none(self, node: fx.Node) -> None:
+    def _refuse_unknown(self, node: fx.Node) -> None:
         if node.op == "call_module":
             kind = type(self.root.get_submodule(str(node.target))).__name__
             raise self.refusal(f"a {kind} may return None, and whether it does is not known")
@@ -383,6 +386,9 @@ class Tracer(fx.Tracer):
                 f"what the torch.autograd.Function {node.target.kind.__name__} gives is not known "
                 "without an example"
             )
+        known = map(self.questions.values_of, (*node.all_input_nodes, node))
+        if [each is None for each in known] == [False, True]:
+            raise self.refusal(f"one of the examples has no {describe(node)}")
 
     def _may_be_none(self, node: fx.Node) -> bool:
         """Whether a value could be None: a result of a module or a part of it, or of an input."""

@@ -14,11 +14,12 @@ from torch import nn
 
 import npas_fx
 from models import MODELS
-from npas_fx import StorageError, plan_of, storage, transform
+from npas_fx import StorageError, StorageWarning, plan_of, storage, transform
 from oracle import same_tensors, seeded
 from strategies import NetworkSpec, PartSpec
 
-FILES = {"plan.json", "capture.json", "weights.safetensors"}
+INPUTS = {"inputs.json", "inputs.safetensors"}
+FILES = {"plan.json", "capture.json", "weights.safetensors", *INPUTS}
 
 
 def emit(budget: float = 0.4, name: str = "mlp") -> nn.Module:
@@ -27,8 +28,7 @@ def emit(budget: float = 0.4, name: str = "mlp") -> nn.Module:
 
 
 def load(folder: Path, name: str = "mlp") -> nn.Module:
-    example = MODELS[name]
-    return npas_fx.load(folder, example.make(seed=4), example_inputs=example.inputs(2))
+    return npas_fx.load(folder, MODELS[name].make(seed=4))
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_folder_holds_three_files(saved):
+def test_a_folder_holds_five_files(saved):
     assert set(contents(saved)) == FILES
     assert npas_fx.Plan.from_json((saved / "plan.json").read_text()) == plan_of(emit())
     json.loads((saved / "capture.json").read_text())
@@ -101,10 +101,13 @@ def test_a_missing_folder_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["plan.json", "capture.json"])
-def test_an_edited_file_is_refused(saved, name):
+@pytest.mark.parametrize(
+    ("name", "digit"), [("plan.json", "1"), ("capture.json", "1"), ("inputs.json", "0")]
+)
+def test_an_edited_file_is_refused(saved, name, digit):
     text = (saved / name).read_text()
-    (saved / name).write_text(text.replace("1", "2", 1))
+    assert digit in text
+    (saved / name).write_text(text.replace(digit, "2", 1))
     with pytest.raises(StorageError, match=rf"{name} is not the one that .* was saved with"):
         load(saved)
 
@@ -159,7 +162,9 @@ def test_another_call_is_refused(tmp_path):
         npas_fx.load(tmp_path, model, example_inputs=(idx,))
 
 
-@pytest.mark.parametrize("fails_at", ["weights", "capture.json", "plan.json", "replace"])
+@pytest.mark.parametrize(
+    "fails_at", ["weights", "inputs.json", "capture.json", "plan.json", "replace"]
+)
 def test_an_interrupted_save_leaves_the_old_one(saved, monkeypatch, fails_at):
     before = contents(saved)
 
@@ -255,10 +260,12 @@ def test_bfloat16_round_trip(tmp_path):
 @pytest.mark.parametrize("name", ["mlp", "wrn", "gpt", "lstm"])
 def test_loading_into_a_model_on_the_meta_device(tmp_path, name):
     example, shared = MODELS[name], emit(0.6, name)
-    npas_fx.save(shared, tmp_path)
+    npas_fx.save(shared, tmp_path / "one")
     with torch.device("meta"):
         model = example.build()
-    loaded = npas_fx.load(tmp_path, model, example_inputs=example.inputs(2))
+    loaded = npas_fx.load(tmp_path / "one", model)
+    npas_fx.save(loaded, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert same_tensors(loaded, shared)
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     x = example.inputs(3)
@@ -308,3 +315,171 @@ def test_trainability_is_the_models(tmp_path):
     flags = {name: p.requires_grad for name, p in shared.named_parameters()}
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
     assert not all(flags.values())
+
+
+class Attends(nn.Module):
+    """Has arguments of many kinds, some of which the example leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, *, scale=1.0, cache=None, limits=(0, 1)):
+        y = self.value(x) + self.query(x) * scale
+        y = y if mask is None else y * mask["keep"]
+        return y.clamp(*limits), y if cache is None else y + cache.kept
+
+
+class Cache:
+    kept = 2.0
+
+
+def attends(**kwargs):
+    return transform(Attends(), 0.8, example_inputs=torch.randn(2, 8), example_kwargs=kwargs)
+
+
+KEEP = {"keep": torch.tensor([True, False] * 4)}
+
+
+def test_a_folder_says_how_the_model_is_called(tmp_path):
+    """Without the example the mask would be the constant None, and the scale 1."""
+    shared = attends(mask=KEEP, scale=float("inf"), limits=(-1, 2.5))
+    npas_fx.save(shared, tmp_path)
+    loaded = npas_fx.load(tmp_path, Attends())
+    arguments = {"mask": KEEP, "scale": float("inf"), "limits": (-1, 2.5)}
+    for one, two in zip(*(m(torch.ones(5, 8), **arguments) for m in (shared, loaded)), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(npas_fx.GuardError, match="scale"):
+        loaded(torch.ones(5, 8), mask=KEEP)
+
+
+def test_later_changes_of_the_example_make_no_difference(saved, tmp_path):
+    example = MODELS["mlp"]
+    inputs = example.inputs(3)
+    shared = transform(example.make(), 0.4, example_inputs=inputs)
+    inputs[0].zero_()
+    npas_fx.save(shared, tmp_path / "again")
+    assert contents(saved) == contents(tmp_path / "again")
+
+
+def test_a_passed_example_wins(tmp_path):
+    npas_fx.save(attends(mask=KEEP), tmp_path)
+    with pytest.raises(StorageError, match="call arguments"):
+        npas_fx.load(tmp_path, Attends(), example_inputs=torch.randn(2, 8))
+    x = torch.randn(3, 8)
+    loaded = npas_fx.load(tmp_path, Attends(), example_inputs=x, example_kwargs={"mask": KEEP})
+    npas_fx.save(loaded, tmp_path)
+    assert torch.equal(load_file(tmp_path / "inputs.safetensors")["example_inputs.0"], x)
+
+
+def test_what_a_folder_cannot_hold_is_passed_again(tmp_path):
+    shared = attends(mask=KEEP, cache=Cache())
+    why = r"example_kwargs\['cache'\] \(a Cache\); pass example_kwargs to npas_fx\.load"
+    with pytest.warns(StorageWarning, match=why):
+        npas_fx.save(shared, tmp_path)
+    with pytest.raises(StorageError, match=rf"does not hold {why}"):
+        npas_fx.load(tmp_path, Attends())
+    arguments = {"mask": KEEP, "cache": Cache()}
+    x = torch.randn(3, 8)
+    loaded = npas_fx.load(tmp_path, Attends(), example_inputs=x, example_kwargs=arguments)
+    for one, two in zip(*(m(x, **arguments) for m in (shared, loaded)), strict=True):
+        assert torch.equal(one, two)
+
+
+class Shortens(nn.Module):
+    """Goes another way where there are many rows behind each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, *, cache=None):
+        return self.two(self.one(x[:, :3] if x.shape[1] > 3 else x))
+
+
+SHORT, LONG = torch.randn(2, 2, 4), torch.randn(2, 5, 4)
+
+
+def test_a_folder_holds_further_examples(tmp_path):
+    shared = transform(Shortens(), 0.8, example_inputs=SHORT, more_examples=[LONG])
+    npas_fx.save(shared, tmp_path)
+    with torch.device("meta"):
+        model = Shortens()
+    for passed in ({}, {"example_inputs": SHORT}):
+        loaded = npas_fx.load(tmp_path, model, **passed)
+        for x in (SHORT, LONG):
+            assert torch.equal(loaded(x), shared(x))
+    with pytest.raises(StorageError, match=r"leaves : 'Shortens' saved, None now"):
+        npas_fx.load(tmp_path, model, more_examples=())
+
+
+def test_further_examples_that_a_folder_cannot_hold_are_passed_again(tmp_path):
+    def examples():
+        return [{"x": x, "cache": Cache()} for x in (SHORT, LONG)]
+
+    example, *further = examples()
+    shared = transform(Shortens(), 0.8, example_kwargs=example, more_examples=further)
+    with pytest.warns(StorageWarning) as caught:
+        npas_fx.save(shared, tmp_path)
+    assert len(caught) == 2
+    why = r"does not hold more_examples\[0\]\['cache'\] \(a Cache\); pass more_examples"
+    with pytest.raises(StorageError, match=why):
+        npas_fx.load(tmp_path, Shortens(), example_kwargs=example)
+    loaded = npas_fx.load(tmp_path, Shortens(), example_kwargs=example, more_examples=further)
+    for each in examples():
+        assert torch.equal(loaded(**each), shared(**each))
+
+
+def test_inputs_that_were_cut_short_are_refused(saved):
+    path = saved / "inputs.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=r"inputs\.safetensors is not the one that"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "{}",
+        "[]",
+        '{"example_inputs": {}}',
+        '{"example_inputs": {"eval": "1"}}',
+        '{"example_inputs": {"dtype": "nn"}}',
+        '{"example_inputs": {"device": "nowhere"}}',
+        '{"example_inputs": {"bytes": 1}}',
+        '{"example_inputs": {"dict": [[[], 1]]}}',
+        '{"example_inputs": {"Tensor": {"name": "weights"}}}',
+        '{"example_inputs": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "{",
+    ],
+    ids=[
+        *("null", "empty", "list", "no_type", "unknown_type", "no_dtype", "no_device"),
+        *("no_text", "no_key", "no_tensor", "deep", "cut"),
+    ],
+)
+def test_inputs_that_no_save_writes_are_refused(saved, text):
+    """Also where the digest is right."""
+    weights = saved / "weights.safetensors"
+    metadata = json.loads(storage._read_metadata(weights)["npas_fx"])
+    metadata["inputs.json"] = storage._digest(text.encode())
+    save_file(load_file(weights), weights, metadata={"npas_fx": json.dumps(metadata)})
+    (saved / "inputs.json").write_text(text)
+    with pytest.raises(StorageError, match=r"inputs\.json is damaged"):
+        load(saved)
+
+
+def test_a_folder_without_inputs_still_loads(tmp_path):
+    """As earlier versions wrote it; files of that name are not its own then."""
+    shared = attends(mask=KEEP)
+    npas_fx.save(shared, tmp_path)
+    weights = tmp_path / "weights.safetensors"
+    metadata = json.loads(storage._read_metadata(weights)["npas_fx"])
+    digests = {name: metadata[name] for name in metadata if name not in INPUTS}
+    save_file(load_file(weights), weights, metadata={"npas_fx": json.dumps(digests)})
+    for name in INPUTS:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(StorageError, match="example inputs of the transform"):
+        npas_fx.load(tmp_path, Attends())
+    example = {"example_inputs": torch.randn(2, 8), "example_kwargs": {"mask": KEEP}}
+    assert same_tensors(npas_fx.load(tmp_path, Attends(), **example), shared)
