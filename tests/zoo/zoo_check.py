@@ -54,7 +54,7 @@ def check(case: Case) -> dict[str, Any]:
             _same_as_own_class(shared, model, (args, kwargs), others, modes, runs_backward)
         if trains and runs_backward:
             _step(copy.deepcopy(shared), others)
-        _round_trips(shared, model, (args, kwargs), others)
+        _round_trips(shared, model, others)
     modes = captured.modes if len(captured.modes) == 2 else captured.modes * 2
     train, evaluate = (_opaque_share(mode, model) for mode in modes)
     return {
@@ -141,15 +141,13 @@ def _same_as_own_class(
         assert_same(own, model, *inputs, modes=modes, by_copy=True, share=1e-3)
 
 
-def _round_trips(
-    shared: nn.Module, model: nn.Module, example: tuple[Any, Any], inputs: tuple[Any, Any]
-) -> None:
+def _round_trips(shared: nn.Module, model: nn.Module, inputs: tuple[Any, Any]) -> None:
     """Saved and loaded it is the same; materialized it is the model's own class, and the same."""
     plain = npas_fx.materialize(shared)
     assert type(plain) is type(model)
     with tempfile.TemporaryDirectory() as folder:
         npas_fx.save(shared, folder)
-        loaded = npas_fx.load(folder, model, example_inputs=example[0], example_kwargs=example[1])
+        loaded = npas_fx.load(folder, model)
     assert loaded.state_dict().keys() == shared.state_dict().keys()
     with torch.no_grad():
         outputs = []
