@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import npas_fx
 from machine import describe_cpu
 from npas_fx import api, planning
-from npas_fx.passes.emit import EmittedModule
+from npas_fx.passes.emitted import EmittedModule
 from npas_fx.profiles import PROFILES
 from npas_fx.solvers import SOLVERS
 from npas_fx.verify import verify
@@ -60,7 +60,7 @@ CALLED = (
     (api, "build_banks", "build banks"),
     (api, "give_birth", "build banks"),
     (api, "copy_with", "emit"),
-    (api, "emit", "emit"),
+    (api, "emit_module", "emit"),
 )
 
 # What one repetition took: step -> seconds.

@@ -15,8 +15,8 @@ from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
 from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
-from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.emit import emit as emit_module
+from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules

@@ -20,7 +20,7 @@ from torch.nn import functional
 from npas_fx.api import load, materialize, param_groups, save, transform
 from npas_fx.examples.residual_cnn import ResidualCNN
 from npas_fx.ir import Plan
-from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.emitted import EmittedModule, emission_of
 
 WIDTH = 64
 BATCH_SIZE = 64

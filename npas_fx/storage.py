@@ -21,7 +21,7 @@ from npas_fx.banks import Bank
 from npas_fx.errors import PlanError, StorageError, StorageWarning
 from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
-from npas_fx.passes.emit import EmitOptions, EmittedModule, emission_of
+from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.held_inputs import HeldInputs
 
 PLAN, CAPTURE, WEIGHTS = "plan.json", "capture.json", "weights.safetensors"

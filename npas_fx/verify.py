@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import CaptureError, VerificationError
-from npas_fx.passes.emit import EmittedModule, emission_of
+from npas_fx.passes.emitted import EmittedModule, emission_of
 from npas_fx.passes.examples import Example, read_examples
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import copy_with

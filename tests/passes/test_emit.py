@@ -11,7 +11,8 @@ from torch import nn
 import npas_fx
 from npas_fx.build import build_banks
 from npas_fx.passes.capture import capture
-from npas_fx.passes.emit import choose_bank_name, emission_of, emit
+from npas_fx.passes.emit import choose_bank_name, emit
+from npas_fx.passes.emitted import emission_of
 from npas_fx.planning import resolve_generators
 
 

@@ -16,7 +16,7 @@ import npas_fx
 from comparison import assert_same, emit
 from npas_fx import CaptureError, GuardError
 from npas_fx.passes.capture import capture
-from npas_fx.passes.emit import emission_of
+from npas_fx.passes.emitted import emission_of
 from two_layers import net, x
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
-from npas_fx.passes.emit import emission_of
+from npas_fx.passes.emitted import emission_of
 from npas_fx.passes.skeleton import copy_with
 from npas_fx.passes.tracer import Tracer
 

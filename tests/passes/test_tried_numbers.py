@@ -8,7 +8,7 @@ import torch
 
 import npas_fx
 from npas_fx.passes.capture import capture
-from npas_fx.passes.emit import emission_of
+from npas_fx.passes.emitted import emission_of
 from two_layers import net, x
 
 
