@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import npas_fx
 import run_zoo
+from npas_fx.banks import Bank
 from zoo_all import find
 from zoo_check import check
 
@@ -52,6 +55,26 @@ def test_all_checks_hold(name):
     assert row["opaque_train"] <= train
     assert row["opaque_eval"] <= evaluate
     assert row["generated"] > 0.5
+
+
+def test_a_language_model_of_its_own_class_generates_text(monkeypatch):
+    torch.manual_seed(0)
+    case = find("transformers/gpt2")
+    model = case.make()
+    args, kwargs = case.draw(2)
+    own = npas_fx.transform(
+        model, 0.4, example_inputs=args, example_kwargs=kwargs, emit="module"
+    ).eval()
+    words = torch.randint(3, 20, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = npas_fx.materialize(own).generate(words, **options)
+    seen = []
+    run = Bank.forward
+    monkeypatch.setattr(Bank, "forward", lambda bank: (seen.append(bank), run(bank))[1])
+    assert torch.equal(own.generate(words, **options), expected)
+    banks = [part for part in own.modules() if isinstance(part, Bank)]
+    assert len(banks) > 1
+    assert len(seen) == len(banks)
 
 
 def test_a_failed_row_is_kept_and_the_next_run_goes_on(tmp_path):
