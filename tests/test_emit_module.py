@@ -485,6 +485,28 @@ def test_function_transforms():
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+def test_function_transforms_of_a_method_that_swaps_parameters():
+    class Twice(Net):
+        def twice(self, one: dict[str, Tensor], two: dict[str, Tensor], x: Tensor) -> Tensor:
+            first, second = (functional_call(self, each, (x,)) for each in (one, two))
+            return (first - second).square().mean()
+
+    own = emit(Twice(), x())
+    parameters = {name: p.detach() for name, p in own.named_parameters()}
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return own.twice(p, {name: 2 * value for name, value in p.items()}, x())
+
+    def by_hand(p: dict[str, Tensor]) -> Tensor:
+        doubled = {name: 2 * value for name, value in p.items()}
+        first, second = (functional_call(own, each, (x(),)) for each in (p, doubled))
+        return (first - second).square().mean()
+
+    found, expected = torch.func.grad(loss)(parameters), torch.func.grad(by_hand)(parameters)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 def test_generated_weights_are_freed_with_what_was_computed_of_them():
     own = emit(Net(), x())
     seen = []
