@@ -284,6 +284,23 @@ def test_banks_that_are_replaced_within_a_method_are_read_anew():
                 assert not torch.equal(before, after)
 
 
+@torch.inference_mode()
+def test_banks_whose_changes_torch_does_not_count_are_read_anew():
+    class Doubling(Net):
+        def change(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            before = self.features(x)
+            for name, parameter in self.named_parameters():
+                if name.endswith("templates"):
+                    parameter.mul_(2)
+            return before, self.features(x)
+
+    own = copy.deepcopy(emit(Doubling(), x()))
+    assert all(parameter.is_inference() for parameter in own.parameters())
+    before, after = own.change(x())
+    assert not torch.equal(before, after)
+    assert torch.equal(after, own.features(x()))
+
+
 def test_a_weight_that_is_changed_in_place_is_refused():
     class Clamped(Net):
         def clamp(self) -> None:
