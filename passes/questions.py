@@ -62,6 +62,12 @@ class Questions:
         """Whether a value is known from real data only, of which others may give another one."""
         return self._values is not None and node in self._values.of_data
 
+    def is_fixed(self, node: fx.Node) -> bool:
+        """Whether the data of a value are known: it is made of sizes, constants and buffers."""
+        if self._values is None or self._values.of(node) is None:
+            return False
+        return self._values.fixed_of(node) is not None
+
     def _is_of_fixed(self, node: fx.Node) -> bool:
         return self._values is not None and node in self._values.of_fixed
 

@@ -73,6 +73,22 @@ def test_what_is_made_of_sizes_alone_is_asked_for_its_value(check):
     check(net(forward), x(), others=[(x(5, 4),)])
 
 
+@pytest.mark.parametrize("is_fixed", [True, False], ids=["mask of ones", "mask from the input"])
+def test_only_what_can_be_asked_for_its_data_is_not_seen_to_be_traced(is_fixed, check):
+    """Code that asks, as that of transformers does, goes the way that it goes without a trace."""
+
+    def forward(self, value):
+        mask = torch.ones(value.shape) if is_fixed else value.abs()
+        if not isinstance(mask, torch.fx.Proxy) and torch.all(mask >= 0):
+            return self.run(value)
+        return self.run(value * torch.where(mask >= 0, 1, mask))
+
+    graph = capture(net(forward), x()).graph
+    assert not capture(net(forward), x()).leaves
+    assert any(node.target is torch.where for node in graph.nodes) is not is_fixed
+    check(net(forward), x(), others=[(x(5, 4),)])
+
+
 @pytest.mark.parametrize(
     "update",
     [
