@@ -346,7 +346,8 @@ def load(
 
     Args:
         folder: written by ``save``.
-        model: an instance of the architecture, meta device allowed; its values are not used.
+        model: an instance of the architecture; its values are not used, and it may be on the meta
+            device, unless its code asks buffers for their values.
         example_inputs: in place of those in the folder; needed where it does not hold them.
         example_kwargs: likewise; what of the two is not passed then is not in the example.
         more_examples: likewise; of the same form.

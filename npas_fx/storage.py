@@ -169,7 +169,8 @@ def check_report(folder: str | os.PathLike[str], capture: Capture) -> None:
         raise StorageError(
             f"the model is not the one saved in {folder}: {'; '.join(sorted(differences)[:3])}; "
             "pass an instance of the same architecture, and the example inputs of the transform "
-            "(build it under torch.device('meta') rather than move it there, which unties weights)"
+            "(build it under torch.device('meta') rather than move it there, which unties weights; "
+            "or off it, where the model's code asks buffers for their values)"
         )
 
 

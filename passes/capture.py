@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -180,7 +180,6 @@ def _capture_with(
 
     train, evaluate = trace({}), trace({}, is_training=False)
 
-    @cache
     def find_changes(is_training: bool) -> Changes | None:
         return None if probes is None else probes.find_changes(call.run, is_training)
 
@@ -221,7 +220,7 @@ def _capture_with(
         or any(isinstance(n.target, ApplyFunction) for mode in modes for n in mode.graph.nodes)
     )
     found = [find_changes(mode) for mode in (True, False)] if runs_own_code else []
-    changed = {name for changes in found if changes for name in changes.parameters}
+    changed = {name for changes in found if changes for name in changes.tensors}
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     if probes is not None:  # they live on where mixtures of modes may be traced
         probes.drop_values(is_over=len(modes) == 1)

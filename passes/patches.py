@@ -99,11 +99,22 @@ def _recorded_if_traced(tracer: Tracer, kind: Callable[..., Any]) -> Callable[..
 
 def _isinstance(value: Any, kind: Any) -> bool:
     # A proxy is no Tensor, so user code would take the wrong branch without a word.
-    if _plain_isinstance(value, CapturedProxy) and not _plain_isinstance(value, kind):
+    if _plain_isinstance(value, CapturedProxy):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.split(".")[0] not in ("torch", "npas_fx"):
-            return bool(value.is_instance(kind))
+            return _stands_for(value, kind)
     return _plain_isinstance(value, kind)
+
+
+def _stands_for(value: CapturedProxy, kind: Any) -> bool:
+    """Whether the value that a traced one stands for is of a type.
+
+    Code that asks whether it is traced learns so, and does not ask for data that are not known;
+    where they are known it goes the way that it goes when it is called.
+    """
+    if _plain_isinstance(value, kind) and not value.tracer.questions.is_fixed(value.node):
+        return True
+    return value.is_instance(kind)
 
 
 def _len(value: Any) -> Any:

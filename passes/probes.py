@@ -7,7 +7,7 @@ import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from npas_fx.passes.contexts import SWITCHES
+from npas_fx.passes.fixed_values import FixedValues
 from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
@@ -44,6 +46,7 @@ RESHAPING = frozenset(
 
 
 _LEN = len  # while tracing, the name stands for a patch
+Call = Callable[[nn.Module, Mapping[str, Any]], Any]  # runs a module on inputs by name
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -52,11 +55,11 @@ class Changes:
     """What a call of a model has changed.
 
     Attributes:
-        parameters: names of parameters whose values were set.
+        tensors: names of parameters and buffers whose values were set.
         modules: paths of modules that have something new in their attributes.
     """
 
-    parameters: frozenset[str]
+    tensors: frozenset[str]
     modules: frozenset[str]
 
 
@@ -81,6 +84,8 @@ class Probes:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.flags: dict[str, bool] = {}
         self._model: nn.Module | None = model
+        self._changes: dict[bool, Changes | None] = {}  # in each mode
+        self.buffer_names = frozenset(name for name, _ in model.named_buffers())
         self._examples = [inputs, *further]
         tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
         batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
@@ -137,15 +142,28 @@ class Probes:
             root.get_submodule(path).training = flag
         return root
 
-    def find_changes(
-        self, call: Callable[[nn.Module, Mapping[str, Any]], Any], is_training: bool
-    ) -> Changes | None:
+    def find_changes(self, call: Call, is_training: bool) -> Changes | None:
         """Find what calls of the model change, by calling copies; None where that fails.
 
         Args:
             call: runs a module on inputs by name.
             is_training: the mode.
         """
+        if is_training not in self._changes:
+            self._changes[is_training] = self._find_all_changes(call, is_training)
+        return self._changes[is_training]
+
+    def find_fixed_buffers(self, call: Call) -> dict[str, Tensor]:
+        """Find the buffers that calls of the model update in neither mode."""
+        if self._model is None:
+            return {}
+        changes = [self.find_changes(call, is_training) for is_training in (True, False)]
+        if None in changes:
+            return {}
+        updated = {name for each in changes if each is not None for name in each.tensors}
+        return {name: b for name, b in self._model.named_buffers() if name not in updated}
+
+    def _find_all_changes(self, call: Call, is_training: bool) -> Changes | None:
         if self._model is None or _is_meta(self._model):
             return None
         given = [probe for probe in range(len(self.inputs)) if probe not in self.derived]
@@ -154,19 +172,19 @@ class Probes:
         if len(changes) < len(found):
             return None
         return Changes(
-            parameters=frozenset[str]().union(*(each.parameters for each in changes)),
+            tensors=frozenset[str]().union(*(each.tensors for each in changes)),
             modules=frozenset[str]().union(*(each.modules for each in changes)),
         )
 
     def _find_changes(
         self,
         model: nn.Module,
-        call: Callable[[nn.Module, Mapping[str, Any]], Any],
+        call: Call,
         is_training: bool,
         probe: int,
     ) -> Changes | None:
         root = copy_with(model, lambda _, tensor: clone(tensor)).train(is_training)
-        before = {name: parameter._version for name, parameter in root.named_parameters()}
+        before = {name: tensor._version for name, tensor in named_tensors(root)}
         state = read_state(root)
         random = RandomState()
         try:
@@ -176,13 +194,13 @@ class Probes:
             return None
         finally:
             random.put_back()
-        known, now = dict(model.named_parameters()), read_state(root)
+        known, now = dict(named_tensors(model)), read_state(root)
         return Changes(
-            parameters=frozenset(
+            tensors=frozenset(
                 name
-                for name, parameter in root.named_parameters()
-                if parameter._version != before[name]  # which .data does not count
-                or not torch.equal(parameter, known[name])
+                for name, tensor in named_tensors(root)
+                if tensor._version != before.get(name)  # which .data does not count
+                or not _is_same(tensor, known[name])
             ),
             modules=frozenset(
                 path
@@ -207,6 +225,13 @@ class Probes:
             name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
             for name, value in example.items()
         }
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    try:
+        return one.dtype == other.dtype and torch.equal(one, other)
+    except RuntimeError:
+        return False  # of tensors that cannot be compared, such as sparse ones
 
 
 def _is_meta(model: nn.Module) -> bool:
@@ -237,16 +262,32 @@ class Values:
     Args:
         probes: of the model that is traced.
         run: runs a function while nothing is recorded.
+        call: runs a module on inputs by name.
     """
 
-    def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any], call: Call) -> None:
         self.probes = probes
         self.run = run
         self.alive = list(range(len(probes.inputs)))
         self.keeps_order = False  # whether a shape changes in place, so that all are run in order
         self.real = RealValues(probes, run)
         self.of_data: set[fx.Node] = set()  # nodes whose value or shape may depend on data
+        self.of_fixed: set[fx.Node] = set()  # whose value or shape depends on that of buffers
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
+        self._fixed = FixedValues(
+            probes.buffer_names,
+            partial(probes.find_fixed_buffers, call),
+            self._known,
+            self.of_data,
+            lambda node, read: _run_node(node, nn.Module(), read),
+        )
+
+    def fixed_of(self, node: fx.Node) -> list[Any] | None:
+        """Values of a node with their data, one for each probe; None where calls may change it."""
+        try:
+            return [self.run(partial(self._fixed.of, node, probe)) for probe in self.alive]
+        except Exception:
+            return None
 
     @cached_property
     def root(self) -> nn.Module:
@@ -290,6 +331,11 @@ class Values:
                 with _quiet():
                     known[probe] = self.run(partial(self._compute, node, probe))
             except Exception as err:  # it needs values, or so many rows do not fit the model
+                if isinstance(err, _NEEDS_DATA):
+                    with suppress(Exception), _quiet():
+                        known[probe] = self.run(partial(self._compute_from_fixed, node, probe))
+                        self.of_fixed.add(node)
+                        continue
                 try:
                     known[probe] = self.run(partial(self._compute_from_data, node, probe))
                 except Exception:
@@ -301,13 +347,33 @@ class Values:
                         self.of_data.add(node)
         if not self.of_data.isdisjoint(node.all_input_nodes) and not _asks_kind(node):
             self.of_data.add(node)
+        if not self.of_fixed.isdisjoint(node.all_input_nodes):
+            self.of_fixed.add(node)
         return known
+
+    def _compute_from_fixed(self, node: fx.Node, probe: int) -> Any:
+        """Compute a node with the data of what is fixed: of itself, or the numbers it is given."""
+        with suppress(LookupError):
+            return pytree.tree_map_only(Tensor, self.probes.fake, self._fixed.of(node, probe))
+        numbers = {}
+        for source in node.all_input_nodes:
+            with suppress(LookupError):
+                value = self._fixed.of(source, probe)
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    numbers[source] = value.item()
+        if not numbers or not can_be_fixed(node):
+            raise LookupError("it needs other data, or may have done something until then")
+        return self._compute(node, probe, numbers)
 
     def _compute_from_data(self, node: fx.Node, probe: int) -> Any:
         return pytree.tree_map_only(Tensor, self.probes.fake, self.real.of(node, probe))
 
-    def _compute(self, node: fx.Node, probe: int) -> Any:
+    def _compute(
+        self, node: fx.Node, probe: int, numbers: Mapping[fx.Node, Any] | None = None
+    ) -> Any:
         def read(source: fx.Node) -> Any:
+            if numbers is not None and source in numbers:
+                return numbers[source]
             known = self._known[source]
             assert known is not None
             return known[probe]

@@ -45,8 +45,18 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a value is made of parameters and buffers alone, which no call changes."""
     if node.op == "get_attr":
         return not is_mutated(node)
-    if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
-        return False
-    if isinstance(node.target, ApplyFunction):
+    return _repeats(node) and bool(node.all_input_nodes) and all(map(is_pure, node.all_input_nodes))
+
+
+def can_be_fixed(node: fx.Node) -> bool:
+    """Whether a node, as far as itself tells, gives the same wherever its arguments are the same.
+
+    A call of a module may not; a parameter or buffer does unless the graph changes it.
+    """
+    return (node.op == "get_attr" or _repeats(node)) and not is_mutated(node)
+
+
+def _repeats(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, ApplyFunction):
         return False  # it may keep something, or draw random numbers
-    return not _is_random(node) and all(map(is_pure, node.all_input_nodes))
+    return not _is_random(node)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from npas_fx.passes.guards import QUESTIONS, check_guard, describe, user_line
-from npas_fx.passes.probes import RESHAPING, Probes, Values
+from npas_fx.passes.guards import OF_DATA, QUESTIONS, check_guard, describe, user_line
+from npas_fx.passes.probes import RESHAPING, Call, Probes, Values
 
 if TYPE_CHECKING:
     from npas_fx.passes.proxy import CapturedProxy
@@ -26,12 +26,14 @@ class Questions:
 
     Args:
         probes: of the model; without them nothing is known.
+        call: runs a module on inputs by name.
     """
 
-    def __init__(self, probes: Probes | None) -> None:
+    def __init__(self, probes: Probes | None, call: Call) -> None:
         self.is_asking = False  # code of the model may run for an answer, and not for the graph
         self._probes = probes
-        self._values = None if probes is None else Values(probes, self._run)
+        self._call = call
+        self._values = None if probes is None else Values(probes, self._run, call)
         self._varying: set[fx.Node] = set()  # nodes that depend on an input of the model
         self._guards: set[tuple[fx.Node, str, str]] = set()
 
@@ -49,7 +51,7 @@ class Questions:
             self._values.real.forget()
         self._guards = {guard for guard in self._guards if guard[0] not in nodes}
         if self._probes is not None and any(node.target in RESHAPING for node in nodes):
-            self._values = Values(self._probes, self._run)
+            self._values = Values(self._probes, self._run, self._call)
             self._values.keeps_order = True
 
     def values_of(self, node: fx.Node) -> list[Any] | None:
@@ -59,6 +61,15 @@ class Questions:
     def depends_on_data(self, node: fx.Node) -> bool:
         """Whether a value is known from real data only, of which others may give another one."""
         return self._values is not None and node in self._values.of_data
+
+    def is_fixed(self, node: fx.Node) -> bool:
+        """Whether the data of a value are known: it is made of sizes, constants and buffers."""
+        if self._values is None or self._values.of(node) is None:
+            return False
+        return self._values.fixed_of(node) is not None
+
+    def _is_of_fixed(self, node: fx.Node) -> bool:
+        return self._values is not None and node in self._values.of_fixed
 
     def ask(self, proxy: CapturedProxy, question: str) -> Any:
         """Answer a question about a value if all probes agree, with a guard where it may vary.
@@ -74,6 +85,11 @@ class Questions:
             question not in _OF_STRUCTURE or any(isinstance(value, Tensor) for value in values)
         ):
             return UNKNOWN  # another batch of data may have another answer
+        is_of_data = question in OF_DATA and any(isinstance(value, Tensor) for value in values)
+        if is_of_data:
+            values = self._values.fixed_of(node) if self._values is not None else None
+            if values is None:
+                return UNKNOWN
         try:
             answers = [self._run(partial(QUESTIONS[question], value)) for value in values]
         except Exception:  # of a tensor, whose values are not known; or the user's own mistake
@@ -84,7 +100,8 @@ class Questions:
         ):
             return UNKNOWN
         guard = (node, question, repr(first))
-        if node in self._varying and guard not in self._guards:
+        may_vary = is_of_data or node in self._varying or self._is_of_fixed(node)
+        if may_vary and guard not in self._guards:
             self._guards.add(guard)
             what = f"len({describe(node)})" if question == "len" else describe(node)
             args = (proxy, question, first, what, user_line())

@@ -99,7 +99,7 @@ class Tracer(fx.Tracer):
         probes: Probes | None = None,
     ) -> None:
         super().__init__()
-        self.questions = Questions(probes)
+        self.questions = Questions(probes, signature.run)
         self.signature = signature
         self.extra_leaves = leaves
         self.exposed = exposed

@@ -30,7 +30,7 @@ def probe(function, *inputs, model=None):
     names = [node.target for node in graph.nodes if node.op == "placeholder"]
     probes = Probes(model or nn.Module(), dict(zip(names, inputs, strict=True)))
     (output,) = (node for node in graph.nodes if node.op == "output")
-    values = Values(probes, lambda run: run())
+    values = Values(probes, lambda run: run(), lambda module, inputs: None)
     return values.of(output.args[0]), output.args[0] in values.of_data
 
 
