@@ -31,8 +31,8 @@ from npas_fx.passes.capture import Capture, capture
 from zoo_all import find
 
 MODELS = (
-    *("timm/resnet50", "timm/vit_base_patch16_224", "timm/swin_tiny_patch4_window7_224"),
-    *("timm/convnext_tiny", "torchvision/densenet121", "torchvision/googlenet"),
+    *("torchvision/resnet50", "torchvision/densenet121", "torchvision/googlenet"),
+    *("timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224", "timm/convnextv2_atto"),
     *("transformers/bert", "transformers/gpt2", "transformers/llama", "transformers/t5"),
 )
 MOST_MS = 1.2  # for each node, probe and mode

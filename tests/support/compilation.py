@@ -80,7 +80,7 @@ def run(module: nn.Module, call: Callable[..., Any], example: Example) -> list[d
             result = {f"output {k}": value.detach() for k, value in enumerate(outputs)}
             if is_training:
                 names, parameters = zip(*module.named_parameters(), strict=True)
-                loss = loss_of(output) if isinstance(output, (Tensor, tuple)) else outputs[0].mean()
+                loss = loss_of(output) if type(output) in (Tensor, tuple) else outputs[0].mean()
                 gradients = torch.autograd.grad(
                     loss, parameters, allow_unused=True, materialize_grads=True
                 )
