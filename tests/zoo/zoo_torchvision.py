@@ -81,7 +81,7 @@ def _labelled(name: str, batch: int) -> Inputs:
 
 _PLAIN = {"weights": None, "weights_backbone": None}
 _SMALL = {"num_classes": 4, **_PLAIN}
-_FRAMES = {"mvit_v1_b": (16, 224), "s3d": (16, 64)}
+_FRAMES = {"mvit_v1_b": (16, 224), "s3d": (16, 224)}
 
 TORCHVISION = {
     **{
