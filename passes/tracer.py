@@ -7,7 +7,7 @@ import operator
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
@@ -531,11 +531,19 @@ def _is_assert(frame: FrameType) -> bool:
     return jump <= 1 and any("ASSERT" in f"{i.opname} {i.argrepr}" for i in coming[jump + 1 :][:2])
 
 
-def _leaves(value: Any) -> list[Any]:
-    """What is in tuples, lists, dicts and slices, and in those in them."""
-    found: list[Any] = []
-    fx.node.map_aggregate(value, found.append)
-    return found
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in a value of containers; these may be of types that cannot be made anew."""
+    if isinstance(value, (list, tuple)):
+        inside: Iterable[Any] = value
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, slice):
+        inside = (value.start, value.stop, value.step)
+    else:
+        yield value
+        return
+    for item in inside:
+        yield from _leaves(item)
 
 
 def _ambient_state() -> tuple[Any, ...]:

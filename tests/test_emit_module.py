@@ -550,6 +550,7 @@ def test_saved_and_loaded_it_is_of_the_users_class(tmp_path):
         torch.save(own, tmp_path / "whole.pt")
 
 
+@pytest.mark.zoo
 def test_a_compiled_one_computes_the_same_in_one_graph():
     torch.compiler.reset()
     own = emit(Net(), x())
@@ -574,8 +575,14 @@ class Asks(Net):
         return super().forward(x) * (2 if x.shape[0] > 3 else 1)
 
 
-@pytest.mark.parametrize("kind", [Net, Asks])
-@pytest.mark.parametrize("way", ["graph", "module"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        (Net, "module"),
+        (Asks, "graph"),
+        pytest.param(Asks, "module", marks=pytest.mark.zoo),
+    ],
+)
 def test_it_can_be_compiled_before_it_is_ever_called(kind, way):
     torch.compiler.reset()
     own = npas_fx.transform(kind(), 0.5, emit=way)

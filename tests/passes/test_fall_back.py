@@ -103,6 +103,7 @@ def test_saved_and_loaded_it_falls_back(tmp_path):
     torch.testing.assert_close(plain(x(4, 7)), shared(x(4, 7)))
 
 
+@pytest.mark.zoo
 def test_compiled_it_falls_back():
     torch.compiler.reset()
     shared = emit(Lengths(), 0.6, (x(),), on_guard="fallback").eval()

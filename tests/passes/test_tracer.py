@@ -801,3 +801,23 @@ def test_an_assignment_to_requires_grad_is_recorded(check):
 
     assert not capture(net(forward), x()).leaves
     check(net(forward), x())
+
+
+class ReadsPacked(nn.Module):
+    """Hands a container over whose type checks what it is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.reader = nn.GRU(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(self.reader(packed)[1])
+
+
+def test_a_packed_sequence_is_handed_to_a_call():
+    lengths = torch.tensor([3, 2])
+    captured = capture(ReadsPacked(), (torch.randn(2, 3, 4), lengths))
+    assert "" not in captured.leaves
+    assert "reader.weight_hh_l0" in {site.name for site in captured.inventory.sites}
