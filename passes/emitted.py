@@ -70,6 +70,9 @@ class EmittedModule(nn.Module):
     under one more name. ``plan`` is its plan, unless the model has an attribute of that name.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class out of registries that the user's classes may have."""
+
     def train(self, mode: bool = True) -> EmittedModule:
         """Set the mode as the model's own ``train`` would, which may keep parts frozen."""
         super().train(mode)

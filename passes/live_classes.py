@@ -96,10 +96,10 @@ def _derive(bases: tuple[type, ...], weights: Iterable[str]) -> type[nn.Module]:
     """Make a class of modules that read generated weights; the last base is the user's."""
     kind = bases[-1]
     members = names_of(kind)
-    for base in reversed(kind.__mro__):
-        if base not in (nn.Module, object):
-            methods = {n: f for n, f in vars(base).items() if _is_method(n, f)}
-            members |= {n: _call_of(f, is_forward=n == "forward") for n, f in methods.items()}
+    for name in {name for base in kind.__mro__ for name in vars(base)}:
+        found = inspect.getattr_static(kind, name)
+        if _is_method(name, found):
+            members[name] = _call_of(found, is_forward=name == "forward")
     members["__call__"] = _call_of(kind.__call__, is_forward=True)
     members.update({weight: _read_of(weight) for weight in weights})
     if issubclass(kind, nn.RNNBase):

@@ -419,7 +419,28 @@ def test_classes_that_register_those_derived_from_them():
         def __init_subclass__(cls, **kwargs: Any) -> None:
             raise TypeError("only one such class")
 
-    assert_same(emit(Strict(), x()), Strict(), (x(),))
+    model = Strict()
+    assert_same(emit(model, x()), model, (x(),))
+    assert_same(emit_any(model, 0.5, (x(),), on_guard="fallback"), model, (x(),))
+
+
+def test_what_takes_the_place_of_a_method_in_a_derived_class_stays():
+    class Steps(Net):
+        @property
+        def features(self) -> Any:
+            return super().features
+
+        def fit(self, batches: list[Tensor]) -> Any:
+            yield from (self(batch) for batch in batches)
+
+        @staticmethod
+        def scale(x: Tensor) -> Tensor:
+            return 2 * x
+
+    own = emit(Steps(), x())
+    plain = npas_fx.materialize(own)
+    assert torch.equal(own.features(own.scale(x())), plain.features(plain.scale(x())))
+    assert torch.equal(next(own.fit([x()])), next(plain.fit([x()])))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
