@@ -29,6 +29,9 @@ from zoo import ZOO
 from timm.layers import BatchNormAct2d  # isort: skip
 
 BUDGETS = (0.1, 0.5, 1.0, 2.0)
+# Those that take longest run beside the rest of the zoo.
+LARGE = ("resnet50", "hrnet_w18_small", "densenet121")
+
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 EXAMPLE_SIZE, BATCH_SIZE = 2, 3
 
@@ -60,7 +63,11 @@ class Case:
 
 @pytest.fixture(
     scope="module",  # pytest runs all tests of a case together, then drops it
-    params=[(name, budget) for name in ZOO for budget in BUDGETS],
+    params=[
+        pytest.param((name, budget), marks=pytest.mark.zoo if name in LARGE else ())
+        for name in ZOO
+        for budget in BUDGETS
+    ],
     ids=lambda case: f"{case[0]}-{case[1]}",
 )
 def case(request: pytest.FixtureRequest) -> Case:
