@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
@@ -486,15 +487,13 @@ class Tracer(fx.Tracer):
             return a.item()
         if self._has_returned and is_plain_object(a):
             return self._create_object(a)
-        try:
-            if isinstance(a, torch.Generator):  # a copy of it would draw other numbers
-                raise NotImplementedError
-            return super().create_arg(a)
-        except NotImplementedError as err:
-            raise self.refusal(
-                f"forward hands a {type(a).__name__} to a traced operation, which a graph cannot "
-                "carry; put the operation into a module without weights of its own"
-            ) from err
+        if not isinstance(a, torch.Generator):  # a copy of one would draw other numbers
+            with suppress(NotImplementedError):
+                return super().create_arg(a)
+        raise self.refusal(
+            f"forward hands a {type(a).__name__} to a traced operation, which a graph cannot "
+            "carry; put the operation into a module without weights of its own"
+        )
 
     def _create_object(self, a: object) -> fx.Node:
         """Add a node that makes an object of the user's own class, such as a key-value cache."""

@@ -174,7 +174,7 @@ def test_the_backward_is_the_function_s_own():
     torch.testing.assert_close(value.grad, 7 * gradient)
 
 
-def test_survives_compilation(check):
+def test_survives_compilation():
     emitted = npas_fx.transform(net(doubles), 0.8, example_inputs=x(), solver="greedy")
     compiled = torch.compile(emitted, backend="eager", fullgraph=True)
     value = x(6, 4)

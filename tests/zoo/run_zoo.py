@@ -80,17 +80,21 @@ def run_apart(name: str, seconds: int, gigabytes: int) -> Row:
     command = [sys.executable, __file__, "--rows", os.devnull, "--one", name]
     command += ["--gigabytes", str(gigabytes)]
     start = time.perf_counter()
+    row: Row
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        row = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"name": name, "error": f"took more than {seconds} s"}
-    try:
-        row: Row = json.loads(done.stdout.splitlines()[-1])
+        row = {"name": name, "error": f"took more than {seconds} s"}
     except (IndexError, ValueError):
         said = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
         row = {"name": name, "error": said[0][:200]}
-    row["seconds"] = round(time.perf_counter() - start)
-    return row
+    return {
+        **row,
+        "seconds": round(time.perf_counter() - start),
+        "commit": current_commit(),
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+    }
 
 
 def run_one(name: str, gigabytes: int) -> Row:
@@ -111,6 +115,13 @@ def run_one(name: str, gigabytes: int) -> Row:
         return {"name": name, "error": f"{type(err).__name__}: {said[0]}"[:200]}
 
 
+def current_commit() -> str:
+    """The commit of this checkout, shortened."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True)
+    return done.stdout.strip()
+
+
 def write_page(rows: Mapping[str, Row], total: int) -> str:
     """Write the support matrix of those of ``total`` architectures that have a row."""
     import timm
@@ -118,13 +129,7 @@ def write_page(rows: Mapping[str, Row], total: int) -> str:
     import torchvision
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=HERE,
-        check=True,
-    ).stdout.strip()
+    commits = sorted({(row["date"], row["commit"]) for row in rows.values()})
     versions = ", ".join(
         f"{module.__name__} {module.__version__}"
         for module in (torch, timm, torchvision, transformers)
@@ -134,9 +139,9 @@ def write_page(rows: Mapping[str, Row], total: int) -> str:
         "",
         "`python tests/zoo/run_zoo.py --rows zoo.jsonl --write docs/support.md`",
         "",
-        f"- {datetime.now(timezone.utc):%Y-%m-%d}, commit {commit}, Python "
-        f"{platform.python_version()}, {versions}",
-        f"- {len(rows)} of {total} architectures have been run",
+        f"- Python {platform.python_version()}, {versions}",
+        f"- {len(rows)} of {total} architectures have been run, at commits "
+        + ", ".join(f"{commit} ({date})" for date, commit in commits),
         "",
         "Each architecture, with random weights, is transformed at 30 % and at 150 % of its size "
         "(or at the smallest budget it has), and compared with its own code that is given the "
