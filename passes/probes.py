@@ -271,7 +271,7 @@ class Values:
         self.alive = list(range(len(probes.inputs)))
         self.keeps_order = False  # whether a shape changes in place, so that all are run in order
         self.real = RealValues(probes, run)
-        self.of_data: set[fx.Node] = set()  # nodes whose value or shape may depend on data
+        self.of_data: set[fx.Node] = set()  # numbers and sizes that may depend on data
         self.of_fixed: set[fx.Node] = set()  # whose value or shape depends on that of buffers
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
         self._fixed = FixedValues(
@@ -326,6 +326,7 @@ class Values:
         if any(self._known[source] is None for source in node.all_input_nodes):
             return None
         known = {}
+        needs_data = False
         for probe in list(self.alive):
             try:
                 with _quiet():
@@ -343,13 +344,33 @@ class Values:
                         return None
                     self.alive.remove(probe)
                 else:
-                    if isinstance(err, _NEEDS_DATA):
-                        self.of_data.add(node)
-        if not self.of_data.isdisjoint(node.all_input_nodes) and not _asks_kind(node):
+                    needs_data |= isinstance(err, _NEEDS_DATA)
+        if self._may_depend_on_data(node, needs_data):
             self.of_data.add(node)
         if not self.of_fixed.isdisjoint(node.all_input_nodes):
             self.of_fixed.add(node)
         return known
+
+    def _may_depend_on_data(self, node: fx.Node, needs_data: bool) -> bool:
+        """Whether a number, or the sizes of a tensor, may be others for other data.
+
+        Args:
+            node: its inputs have been told apart already.
+            needs_data: whether it could not be computed without.
+        """
+        if needs_data and node.op != "call_module":
+            return True
+        is_behind = not self.of_data.isdisjoint(node.all_input_nodes) and not _asks_kind(node)
+        return (needs_data or is_behind) and not self._keeps_sizes(node)
+
+    def _keeps_sizes(self, node: fx.Node) -> bool:
+        """Whether a value consists of tensors, of the same sizes also where the data are others."""
+        try:
+            values = [self.real.of(node, 0), self.real.of(node, 0, is_shuffled=True)]
+        except Exception:
+            return False
+        (one, form), (other, other_form) = map(pytree.tree_flatten, values)
+        return form == other_form and all(map(_is_alike, one, other))
 
     def _compute_from_fixed(self, node: fx.Node, probe: int) -> Any:
         """Compute a node with the data of what is fixed: of itself, or the numbers it is given."""
@@ -403,7 +424,7 @@ class RealValues:
     def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any]) -> None:
         self.probes = probes
         self.run = run
-        self._known: dict[int, dict[fx.Node, Any]] = {}  # of each probe
+        self._known: dict[tuple[int, bool], dict[fx.Node, Any]] = {}  # of each set of inputs
         self._root: nn.Module | None = None
 
     def forget(self) -> None:
@@ -411,24 +432,33 @@ class RealValues:
         self._known.clear()
         self._root = None
 
-    def of(self, node: fx.Node, probe: int) -> Any:
+    def of(self, node: fx.Node, probe: int, *, is_shuffled: bool = False) -> Any:
         """The value of a node; all nodes before it run in order, since they may change tensors.
+
+        Args:
+            node: of the graph.
+            probe: number of the probe.
+            is_shuffled: whether the elements of each input change places, for other data that a
+                model may be given: numbers stay in their range, and masks stay masks.
 
         Raises:
             Exception: whatever the model raises.
         """
-        return self.run(partial(self._run_until, node, probe))
+        return self.run(partial(self._run_until, node, probe, is_shuffled))
 
     @torch.no_grad()
-    def _run_until(self, node: fx.Node, probe: int) -> Any:
+    def _run_until(self, node: fx.Node, probe: int, is_shuffled: bool) -> Any:
         self._root = root = self._root or self.probes.real_root()
         if root is None:
             raise ValueError("the model has no values")
-        if probe not in self._known:
+        key = (probe, is_shuffled)
+        if key not in self._known:
             inputs = self.probes.real_inputs(probe)
+            if is_shuffled:
+                inputs = pytree.tree_map_only(Tensor, _shuffle, inputs)
             given = [each for each in node.graph.nodes if each.op == "placeholder"]
-            self._known[probe] = {each: inputs.get(str(each.target)) for each in given}
-        known = self._known[probe]
+            self._known[key] = {each: inputs.get(str(each.target)) for each in given}
+        known = self._known[key]
         random = RandomState()
         try:
             for each in node.graph.nodes:
@@ -441,6 +471,18 @@ class RealValues:
         finally:
             random.put_back()
         return known[node]
+
+
+def _shuffle(tensor: Tensor) -> Tensor:
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
+    return tensor.flatten()[order.to(tensor.device)].view(tensor.shape)
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether two values are tensors of the same kind and sizes, or both None."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return one is None and other is None
 
 
 def _is_own_code(node: fx.Node, root: nn.Module) -> bool:

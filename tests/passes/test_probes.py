@@ -75,6 +75,68 @@ def test_no_question_is_answered_by_data(falls_back):
         torch.testing.assert_close(emitted(each), emitted.a(value))
 
 
+class Branches(nn.Module):
+    """A module whose code needs data, and what it makes of the result."""
+
+    def __init__(self, finish):
+        super().__init__()
+        self.fc, self.finish = nn.Linear(4, 4), finish
+
+    def forward(self, value):
+        y = self.fc(value)
+        return self.finish(y if y.sum() > 0 else -y)
+
+
+def behind(finish, ask):
+    """A network that asks about the result of a call whose code needs data."""
+
+    def forward(self, value):
+        y = self.branches(value)
+        return self.run(value) * (2 if ask(y) else 3)
+
+    model = net(forward)
+    model.branches = Branches(finish)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("finish", "ask"),
+    [
+        (lambda y: y, lambda y: y.shape[1] > 3),
+        (lambda y: (y, None), lambda y: y[1] is None and y[0].shape[1] > 3),
+        (lambda y: (y * 2, {"a": y[0]}), lambda y: len(y[1]["a"]) > 3),
+    ],
+    ids=["tensor", "None beside it", "nested"],
+)
+def test_sizes_of_what_a_call_gives_are_known_where_data_do_not_change_them(finish, ask, check):
+    model = behind(finish, ask)
+    assert capture(model, x()).leaves.keys() == {"branches"}
+    check(model, x(), others=[(x(6, 4),)])
+
+
+@pytest.mark.parametrize(
+    ("finish", "ask"),
+    [
+        (lambda y: y[y > 0], lambda y: y.shape[0] > 3),
+        (lambda y: (y, 4), lambda y: y[1] > 3),
+        (lambda y: (y, (y > 0).sum().item()), lambda y: y[1] > 3),
+    ],
+    ids=["a size", "a number", "a number of data"],
+)
+def test_what_data_may_change_in_the_result_of_a_call_is_not_answered(finish, ask, falls_back):
+    falls_back(behind(finish, ask), x(), match="branches on a value")
+
+
+def test_sizes_are_known_again_behind_those_that_depend_on_data(check):
+    def forward(self, value):
+        rows = (value.sum(1) > 0).nonzero()[:, 0]
+        y = torch.zeros_like(value).index_add_(0, rows, self.run(value[rows]))
+        return self.run(y if y.shape[1] == 4 else value)
+
+    assert not capture(net(forward), x()).leaves
+    check(net(forward), x(), others=[(x(6, 4),), (x().abs(),)])
+
+
 def test_the_rank_of_what_depends_on_data_does_not(check):
     def forward(self, value):
         picked = value[value > -9]
@@ -197,7 +259,7 @@ def test_a_result_that_is_none_for_some_sizes_only(falls_back):
             return self.fc(value[..., :4]) if y is None else y
 
     model = nn.Sequential(Around(0, 3))  # of 3 rows it is None, of 4 it is not
-    emitted = falls_back(model, x(), path="0", match="a Maybe may return None")
+    emitted = falls_back(model, x(), path="0", match="is None depends on the number of rows")
     value = torch.randn(5, 4)
     torch.testing.assert_close(emitted(value), npas_fx.materialize(emitted)(value))
     model[0].maybe.register_full_backward_hook(lambda *args: None)
