@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from npas_fx.passes.contexts import SWITCHES
 from npas_fx.passes.fixed_values import FixedValues
 from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.history import forgets_calls
 from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import RandomState
@@ -85,6 +87,7 @@ class Probes:
         self.flags: dict[str, bool] = {}
         self._model: nn.Module | None = model
         self._changes: dict[bool, Changes | None] = {}  # in each mode
+        self._forgets: bool | None = None
         self.buffer_names = frozenset(name for name, _ in model.named_buffers())
         self._examples = [inputs, *further]
         tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
@@ -163,6 +166,40 @@ class Probes:
         updated = {name for each in changes if each is not None for name in each.tensors}
         return {name: b for name, b in self._model.named_buffers() if name not in updated}
 
+    def forgets_calls(self, call: Call) -> bool:
+        """Whether no call of the model depends on those before it, as far as is tried.
+
+        Tried are all probes in both modes, also a little shorter than they are.
+
+        Args:
+            call: runs a module on inputs by name.
+        """
+        if self._forgets is None and self._model is not None and not _is_meta(self._model):
+            model = self._model
+
+            def run(root: nn.Module, probe: int, size: int, is_training: bool) -> Any:
+                inputs = pytree.tree_map_only(Tensor, partial(_crop, size), self.real_inputs(probe))
+                return call(root.train(is_training), inputs)
+
+            sizes = (0, *self._frequent_sizes())  # the first crops nothing
+            ways = product(range(len(self.inputs)), sizes, (True, False))
+            self._forgets = forgets_calls(
+                lambda: copy_with(model, lambda _, tensor: clone(tensor)),
+                [partial(run, probe=p, size=s, is_training=mode) for p, s, mode in ways],
+            )
+        return bool(self._forgets)
+
+    def _frequent_sizes(self) -> list[int]:
+        """What may be the length of the inputs, or the size of pictures."""
+        sizes = Counter(
+            size
+            for tensor in pytree.tree_leaves(self._examples)
+            if isinstance(tensor, Tensor)
+            for size in tensor.shape[1:]
+            if size > 1
+        )
+        return [size for size, _ in sizes.most_common(2)]
+
     def _find_all_changes(self, call: Call, is_training: bool) -> Changes | None:
         if self._model is None or _is_meta(self._model):
             return None
@@ -225,6 +262,14 @@ class Probes:
             name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
             for name, value in example.items()
         }
+
+
+def _crop(size: int, tensor: Tensor) -> Tensor:
+    """Leave out the last element along each dimension of a size, but for the rows."""
+    for dim in range(1, tensor.dim()):
+        if tensor.shape[dim] == size:
+            tensor = tensor.narrow(dim, 0, size - 1)
+    return tensor
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

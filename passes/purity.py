@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -22,18 +23,21 @@ _RANDOM = (
 
 def is_mutated(node: fx.Node) -> bool:
     """Whether an operation changes a weight, or what may be a view of it, in place."""
+    return any(True for _ in _changers(node))
+
+
+def _changers(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the operations that change a value, or what may be a view of it, in place."""
     for user in node.users:
         if user.all_input_nodes[0] is not node or user.op == "output":
             continue
         name = user.target if isinstance(user.target, str) else user.target.__name__
-        if user.target in _CHANGES_FIRST or (name.endswith("_") and not name.endswith("__")):
-            return True
-        if user.target is getattr and user.args[1] in ("data", "grad"):
-            return True
-        may_be_view = user.op != "call_module" and len(user.all_input_nodes) == 1
-        if may_be_view and is_mutated(user):
-            return True
-    return False
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        asks_for_data = user.target is getattr and user.args[1] in ("data", "grad")
+        if user.target in _CHANGES_FIRST or is_in_place or asks_for_data:
+            yield user
+        elif user.op != "call_module" and len(user.all_input_nodes) == 1:  # it may be a view
+            yield from _changers(user)
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -46,6 +50,35 @@ def is_pure(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return not is_mutated(node)
     return _repeats(node) and bool(node.all_input_nodes) and all(map(is_pure, node.all_input_nodes))
+
+
+def is_of_sizes(node: fx.Node) -> bool:
+    """Whether a value is made of sizes, constants, and tensors that no operation changes.
+
+    In each call with the same sizes it is the same; also where it is built up in place.
+    """
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each in found or _asks_size(each):
+            continue
+        found.add(each)
+        if each.op == "get_attr":
+            if is_mutated(each):
+                return False
+        elif _repeats(each):
+            waiting += (*each.all_input_nodes, *_changers(each))
+        else:
+            return False
+    return True
+
+
+def _asks_size(node: fx.Node) -> bool:
+    """Whether an operation asks a tensor for what does not depend on its data."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device", "layout")
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "get_device")
 
 
 def can_be_fixed(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from npas_fx.errors import UntraceableError
@@ -12,11 +13,12 @@ from npas_fx.passes.call import CallSignature
 from npas_fx.passes.leaves import MODULE_FIELDS
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
-from npas_fx.passes.purity import is_pure
+from npas_fx.passes.purity import is_of_sizes, is_pure
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rollback import note_state
 from npas_fx.passes.tracer import Trace, Tracer
 
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _CONSTANT = "_tensor_constant"  # the name that torch.fx gives to tensors that it finds
 
 
@@ -40,35 +42,68 @@ def trace_mode(
         UntraceableError: the root itself cannot be traced, or a call leaves something behind for
             the next one.
     """
-    if probes is not None:
-        probes.flags = {path: module.training for path, module in work.named_modules()}
+
+    def trace_once() -> Trace:
+        if probes is not None:
+            probes.flags = {path: module.training for path, module in work.named_modules()}
+        return Tracer(call, leaves, exposed, probes).trace_mode(work)
+
+    def forgets_calls() -> bool:
+        return probes is not None and probes.forgets_calls(call.run)
+
     put_back = note_state(work, ())
     try:
-        return _trace_twice(work, lambda: Tracer(call, leaves, exposed, probes).trace_mode(work))
+        trace, left = _trace_twice(work, trace_once, forgets_calls)
+        if left:
+            constants = _found_constants(work)
+            _refuse_hand_over(work, trace_once, put_back, left)
+            vars(work).update(constants)
+        return trace
     finally:
-        constants = {k: v for k, v in vars(work).items() if k.startswith(_CONSTANT)}
+        constants = _found_constants(work)
         put_back()
         vars(work).update(constants)
 
 
-def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
-    """Trace, and where a call leaves something behind see that it makes no difference."""
+def _found_constants(work: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(work).items() if k.startswith(_CONSTANT)}
+
+
+def _trace_twice(
+    work: nn.Module, trace_once: Callable[[], Trace], forgets_calls: Callable[[], bool]
+) -> tuple[Trace, list[str]]:
+    """Trace, and where a call leaves something behind see that it makes no difference.
+
+    Returns:
+        The trace, and the paths of the modules that have something new in their attributes.
+    """
     owned = {id(module): _copy_attributes(module) for module in work.modules()}
     before = read_state(work)
     trace = trace_once()
     if "" in trace.failed:
-        return trace
+        return trace, []
     for module in work.modules():
         _forget_pure(module, owned[id(module)])
     left = read_state(work)
+    caches = [
+        (module, name, kept)
+        for path, name in _changed(before, left)
+        for module in [work.get_submodule(path)]
+        for kept in [owned[id(module)]]
+        if _is_cache(vars(module).get(name), kept.get(name))
+    ]
+    if caches and forgets_calls():
+        for module, name, kept in caches:
+            _put_back(module, name, kept)
+        left = read_state(work)
     if left == before:
-        return trace
+        return trace, []
     # What a call leaves on its modules is harmless only where no later call reads it.
     again = trace_once()
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
     now = read_state(work)
-    changed = [key for key in left.keys() | now.keys() if left.get(key) != now.get(key)]
+    changed = _changed(left, now)
     path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
     if name:
         raise UntraceableError({path: f"it changes its own attribute {name!r} at each call"})
@@ -81,11 +116,53 @@ def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
     if str(again.graph) != str(trace.graph):
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
-    return trace
+    new = _changed(before, left)
+    return trace, [path for path, name in new if not name.startswith(_CONSTANT)]
+
+
+def _refuse_hand_over(
+    work: nn.Module,
+    trace_once: Callable[[], Trace],
+    put_back: Callable[[], object],
+    left: Collection[str],
+) -> None:
+    """See that what calls leave behind makes no difference to the other mode either.
+
+    Args:
+        work: as the calls have left it; it may be left anyhow.
+        trace_once: traces it as it is.
+        put_back: makes it what it was before the calls.
+        left: paths of the modules that have something new.
+
+    Raises:
+        UntraceableError: it makes one, so that these modules have to be called.
+    """
+    other = not work.training
+    work.train(other)
+    after = trace_once()
+    put_back()
+    work.train(other)
+    fresh = trace_once()
+    if (after.failed.keys(), str(after.graph)) != (fresh.failed.keys(), str(fresh.graph)):
+        mode = "eval" if other else "train"
+        why = f"a call in {mode} mode leaves something on it that matters in the other mode"
+        raise UntraceableError(dict.fromkeys(left, why))
+
+
+def _changed(
+    before: Mapping[tuple[str, str], object], now: Mapping[tuple[str, str], object]
+) -> list[tuple[str, str]]:
+    """Path and name of each attribute that was set, or taken away."""
+    return [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
 
 
 def _copy_attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: dict(v) if type(v) is dict else v for k, v in vars(module).items()}
+    return {k: v.copy() if type(v) in (dict, list) else v for k, v in vars(module).items()}
+
+
+def _put_back(module: nn.Module, name: str, owned: Mapping[str, Any]) -> None:
+    vars(module).pop(name, None)
+    vars(module).update({name: owned[name]} if name in owned else {})
 
 
 def _forget_pure(module: nn.Module, owned: Mapping[str, Any]) -> None:
@@ -95,13 +172,31 @@ def _forget_pure(module: nn.Module, owned: Mapping[str, Any]) -> None:
     """
     for name, value in list(vars(module).items()):
         if isinstance(value, CapturedProxy) and is_pure(value.node):
-            vars(module).pop(name)
-            vars(module).update({name: owned[name]} if name in owned else {})
+            _put_back(module, name, owned)
         if type(value) is dict and name not in MODULE_FIELDS and type(owned.get(name)) is dict:
             for key, item in list(value.items()):
                 if isinstance(item, CapturedProxy) and is_pure(item.node):
                     value.pop(key)
                     value.update({key: owned[name][key]} if key in owned[name] else {})
+
+
+def _is_cache(value: Any, before: Any) -> bool:
+    """Whether a value may be kept to save work: constants, and what is made of sizes alone.
+
+    Args:
+        value: after a call.
+        before: what stood there before it; None if nothing did.
+    """
+    if value is before:
+        return True
+    if isinstance(value, CapturedProxy):
+        return is_of_sizes(value.node)
+    if type(value) is dict:
+        known = before if type(before) is dict else {}
+        return all(_is_cache(item, known.get(key)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(_is_cache(item, None) for item in value)
+    return isinstance(value, _CONSTANTS)
 
 
 def _reader(graph: fx.Graph, constants: Collection[tuple[str, str]]) -> str:
