@@ -26,6 +26,7 @@ from npas_fx.passes.fixed_values import FixedValues
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
+from npas_fx.passes.rebinding import rebind
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
@@ -47,6 +48,8 @@ RESHAPING = frozenset(
 
 _LEN = len  # while tracing, the name stands for a patch
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]  # runs a module on inputs by name
+# Else contexts would have to be left again, and a copy of the model serves several runs.
+_NOT_RUN = (*SWITCHES, rebind)
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -184,7 +187,7 @@ class Probes:
         probe: int,
     ) -> Changes | None:
         root = copy_with(model, lambda _, tensor: clone(tensor)).train(is_training)
-        before = {name: tensor._version for name, tensor in named_tensors(root)}
+        before = {name: (tensor, tensor._version) for name, tensor in named_tensors(root)}
         state = read_state(root)
         random = RandomState()
         try:
@@ -194,12 +197,17 @@ class Probes:
             return None
         finally:
             random.put_back()
-        known, now = dict(named_tensors(model)), read_state(root)
+        known, tensors, now = (
+            dict(named_tensors(model)),
+            dict(named_tensors(root)),
+            read_state(root),
+        )
         return Changes(
             tensors=frozenset(
                 name
-                for name, tensor in named_tensors(root)
-                if tensor._version != before.get(name)  # which .data does not count
+                for name, (tensor, version) in before.items()
+                if tensors.get(name) is not tensor
+                or tensor._version != version  # which .data does not count
                 or not _is_same(tensor, known[name])
             ),
             modules=frozenset(
@@ -381,8 +389,8 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
-        if node.target in SWITCHES:
-            return None  # else they would have to be left again
+        if node.target in _NOT_RUN:
+            return None
         random = RandomState() if _is_own_code(node, self.root) else None
         try:
             with self.probes.mode:
@@ -432,7 +440,7 @@ class RealValues:
         random = RandomState()
         try:
             for each in node.graph.nodes:
-                if each.target in SWITCHES:
+                if each.target in _NOT_RUN:
                     known[each] = None
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)

@@ -54,20 +54,20 @@ def trace_mode(
 def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
     """Trace, and where a call leaves something behind see that it makes no difference."""
     owned = {id(module): _copy_attributes(module) for module in work.modules()}
-    before = read_state(work)
+    before = _read(work)
     trace = trace_once()
     if "" in trace.failed:
         return trace
     for module in work.modules():
         _forget_pure(module, owned[id(module)])
-    left = read_state(work)
+    left = _read(work)
     if left == before:
         return trace
     # What a call leaves on its modules is harmless only where no later call reads it.
     again = trace_once()
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
-    now = read_state(work)
+    now = _read(work)
     changed = [key for key in left.keys() | now.keys() if left.get(key) != now.get(key)]
     path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
     if name:
@@ -82,6 +82,12 @@ def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
     return trace
+
+
+def _read(work: nn.Module) -> dict[tuple[str, str], object]:
+    """What the modules keep in their attributes, and which names of buffers there are."""
+    names = [(path, name) for path, part in work.named_modules() for name in part._buffers]
+    return {**dict.fromkeys(names), **read_state(work)}
 
 
 def _copy_attributes(module: nn.Module) -> dict[str, Any]:
