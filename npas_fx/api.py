@@ -297,9 +297,10 @@ def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
 
     def restore(name: str, tensor: Tensor) -> Tensor:
         value = values.get(name)
-        if not isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] in set_by_calls:
+        is_set = not isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] in set_by_calls
+        if is_set and value is None:
             return tensor  # until the buffers are carried
-        if value is None or value.shape != tensor.shape:
+        if value is None or (value.shape != tensor.shape and not is_set):
             found = "nothing" if value is None else f"the shape {list(value.shape)}"
             raise PlanError(
                 f"the model wants {name} of shape {list(tensor.shape)}, the emitted module has "
@@ -429,8 +430,8 @@ def param_groups(shared: nn.Module, lr: float, weight_decay: float) -> list[dict
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
-    return dict(named)
+    kinds = (module.named_parameters, module.named_buffers)
+    return {name: tensor for named in kinds for name, tensor in named(remove_duplicate=False)}
 
 
 def _unwrap(module: nn.Module) -> EmittedModule:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from npas_fx.passes.flag_patterns import is_inside
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
-from npas_fx.passes.rebinding import kind_of, rebind
+from npas_fx.passes.rebinding import kind_of, names_set_by_calls, rebind
 
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
@@ -31,6 +31,10 @@ class BufferSlots:
         self._bound = {part: _slots_of(part) for part in self._path_of}
         self._owned = {part: dict(part._buffers) for part in self._path_of}
         self._log: list[tuple[nn.Module, str, Any]] = []  # what was bound before, in order
+        names = names_set_by_calls(root)
+        self._assigned = {
+            id(b) for owned in self._owned.values() for name, b in owned.items() if name in names
+        }
         self._num_names = Counter(id(t) for slots in self._bound.values() for t in slots.values())
 
     def length(self) -> int:
@@ -59,6 +63,19 @@ class BufferSlots:
                     return name
         return None
 
+    def has_buffer(self, module: nn.Module, name: str) -> bool:
+        """Whether a module has a buffer of that name, and not a plain attribute."""
+        is_plain = self._full_name(module, name) in self._tracer.exposed
+        return not is_plain and name in self._owned.get(module, ())
+
+    def may_be_bound_anew(self, buffer: Tensor) -> bool:
+        """Whether the model's code assigns what a buffer is the value of before the call."""
+        return id(buffer) in self._assigned
+
+    def _full_name(self, module: nn.Module, name: str) -> str:
+        path = self._path_of.get(module)
+        return f"{path}.{name}" if path else name
+
     def take_out(self, module: nn.Module, name: str) -> None:
         """Take a buffer out of a module."""
         if name in module._buffers:
@@ -75,8 +92,7 @@ class BufferSlots:
         """
         if name not in self._bound.get(module, ()):
             return False
-        path = self._path_of[module]
-        full_name = f"{path}.{name}" if path else name
+        full_name = self._full_name(module, name)
         if full_name in self._tracer.exposed:
             self.take_out(module, name)  # a plain attribute after all
             return False
@@ -90,7 +106,7 @@ class BufferSlots:
             raise self._tracer.refusal(
                 f"forward assigns another tensor to the parameter or buffer {name!r}, and {why}"
             )
-        slots = self._tracer.create_node("get_attr", f"{path}._buffers".lstrip("."), (), {})
+        slots = self._tracer.create_node("get_attr", self._full_name(module, "_buffers"), (), {})
         self._tracer.create_node("call_function", rebind, (slots, name, node), {})
         self._log.append((module, name, module._buffers[name]))
         self._bind(module, name, value)

@@ -71,6 +71,9 @@ def carry_buffers(source: nn.Module, target: nn.Module) -> None:
         target: of the user's classes; gets copies, what is tied stays tied.
     """
     names = names_set_by_calls(target)
+    set_by_calls = {
+        id(b) for part in target.modules() for name, b in part._buffers.items() if name in names
+    }
     copies: dict[int, Tensor] = {}
 
     def copied(buffer: Tensor | None) -> Tensor | None:
@@ -80,9 +83,9 @@ def carry_buffers(source: nn.Module, target: nn.Module) -> None:
 
     for path, part in target.named_modules():
         own = source.get_submodule(path)
-        for name in names & part._buffers.keys() - own._buffers.keys():
-            del part._buffers[name]
-        for name in names & own._buffers.keys() - vars(part).keys():
-            is_persistent = name not in own._non_persistent_buffers_set
+        tied = {name for name, b in part._buffers.items() if id(b) in set_by_calls}
+        for name in (names | tied) & (own._buffers.keys() | part._buffers.keys()):
             part._buffers.pop(name, None)
-            part.register_buffer(name, copied(own._buffers[name]), persistent=is_persistent)
+            if name in own._buffers and name not in vars(part):
+                is_persistent = name not in own._non_persistent_buffers_set
+                part.register_buffer(name, copied(own._buffers[name]), persistent=is_persistent)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.passes.call import CallSignature
+from npas_fx.passes.guards import check_guard
 from npas_fx.passes.leaves import MODULE_FIELDS
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
@@ -78,7 +79,7 @@ def _trace_twice(work: nn.Module, trace_once: Callable[[], Trace]) -> Trace:
             "or tensor in a list or global, or by torch.FloatTensor or alike)"
         )
         raise UntraceableError({_reader(again.graph, changed): why})
-    if str(again.graph) != str(trace.graph):
+    if _lines(again.graph) != _lines(trace.graph):
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
     return trace
@@ -125,8 +126,21 @@ def _reader(graph: fx.Graph, constants: Collection[tuple[str, str]]) -> str:
 
 def _first_difference(one: fx.Graph, other: fx.Graph) -> str:
     """Find the innermost module whose code adds the first node in which two graphs differ."""
-    for node, counterpart in zip(one.nodes, other.nodes, strict=False):
-        if node.format_node() != counterpart.format_node():
+    for node, line, other_line in zip(one.nodes, _lines(one), _lines(other), strict=False):
+        if line != other_line:
             stack = list(node.meta.get("nn_module_stack", {}).values())
             return stack[-1][0] if stack else ""
     return ""
+
+
+def _lines(graph: fx.Graph) -> list[str]:
+    """What each node does, without names of nodes: these depend on what was taken back before."""
+    place = {node: f"%{k}" for k, node in enumerate(graph.nodes)}
+
+    def line(node: fx.Node) -> str:
+        name = getattr(node.target, "__name__", node.target)
+        args = node.args[:3] if node.target is check_guard else node.args  # no words for people
+        arguments = fx.node.map_arg((args, node.kwargs), place.__getitem__)
+        return f"{node.op} {getattr(node.target, '__module__', '')} {name} {arguments}"
+
+    return list(map(line, graph.nodes))

@@ -282,8 +282,14 @@ class Tracer(fx.Tracer):
     def _call_leaf(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.called.add(m)
         # What a call leaves on modules is not there now: who reads it cannot be traced.
-        names = names_set_by_calls(m)
-        for part in (*m.modules(), *hidden_modules(m)):
+        names, hidden = names_set_by_calls(m), list(hidden_modules(m))
+        for part in hidden:
+            if bound := [name for name in names if self.slots.has_buffer(part, name)]:
+                raise self.refusal(
+                    f"it calls a {type(m).__name__}, which may bind the buffer {bound[0]!r} of a "
+                    f"{type(part).__name__} that is not below it"
+                )
+        for part in (*m.modules(), *hidden):
             for name in names:
                 vars(part).pop(name, None)
                 self.slots.take_out(part, name)
@@ -308,8 +314,8 @@ class Tracer(fx.Tracer):
         """Refuse what the code of a module that was just traced has done without an error."""
         if self.first_refusal is None and (name := self.slots.find_change(module)):
             raise self.refusal(
-                f"forward adds, replaces or deletes the parameter or buffer {name!r}, which a graph "
-                "does not record; assign a tensor of the same shape to a buffer that is there"
+                f"forward adds, replaces or deletes the parameter or buffer {name!r}, which a "
+                "graph does not record; assign a tensor of the same shape to a buffer that is there"
             )
         if not random.is_now():
             raise self.refusal(
@@ -497,6 +503,10 @@ class Tracer(fx.Tracer):
             return self._create_container(a)
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, Tensor) and self.slots.may_be_bound_anew(a):
+            raise self.refusal(
+                "forward reads a buffer from a list or alike, and may bind its name to another one"
+            )
         if self._has_returned and is_plain_object(a):
             return self._create_object(a)
         if not isinstance(a, torch.Generator):  # a copy of one would draw other numbers
