@@ -59,10 +59,12 @@ class Changes:
 
     Attributes:
         tensors: names of parameters and buffers whose values were set.
+        bound: those of them that are other tensors now, or none.
         modules: paths of modules that have something new in their attributes.
     """
 
     tensors: frozenset[str]
+    bound: frozenset[str]
     modules: frozenset[str]
 
 
@@ -176,6 +178,7 @@ class Probes:
             return None
         return Changes(
             tensors=frozenset[str]().union(*(each.tensors for each in changes)),
+            bound=frozenset[str]().union(*(each.bound for each in changes)),
             modules=frozenset[str]().union(*(each.modules for each in changes)),
         )
 
@@ -202,14 +205,17 @@ class Probes:
             dict(named_tensors(root)),
             read_state(root),
         )
+        bound = frozenset(
+            name for name, (tensor, _) in before.items() if tensors.get(name) is not tensor
+        )
         return Changes(
-            tensors=frozenset(
+            tensors=bound.union(
                 name
                 for name, (tensor, version) in before.items()
-                if tensors.get(name) is not tensor
-                or tensor._version != version  # which .data does not count
+                if tensor._version != version  # which .data does not count
                 or not _is_same(tensor, known[name])
             ),
+            bound=bound,
             modules=frozenset(
                 path
                 for path, name in state.keys() | now.keys()

@@ -180,6 +180,25 @@ class Sets(After):
         return self.o(self.called(x))
 
 
+class CalledFunction(Two):
+    """Calls a function that binds the buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.sum() > -1e9:
+            add_one(self)
+        return self.b(h)
+
+
+class AroundFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.o = CalledFunction(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(x) + self.called.m + self.called(x) + self.called.m
+
+
 class Beside(nn.Module):
     """Binds a buffer of a module that is not below it."""
 
@@ -279,6 +298,7 @@ CALLED = (
     (After, {"root": "'Called' object has no attribute 'm'"}),
     (Before, {"root": "'Called' object has no attribute 'm'"}),
     (Sets, {"root": "assigns the attribute 'm' of a module that is called"}),
+    (AroundFunction, {"root": "reads the buffer 'called.m', which a call binds"}),
     (Beside, {"root": "may bind the buffer 'm' of a OldAndNew that is not below it"}),
     (BesideUnread, {"root": "may bind the buffer 'm' of a OldAndNew that is not below it"}),
     (InAList, {"root": "reads a buffer from a list"}),
@@ -351,3 +371,29 @@ def test_flags_of_persistence_stay():
     assert "m" not in shared.state_dict()
     assert "n" in shared.state_dict()
     assert dict(shared.named_buffers())["m"].sum() == 8
+
+
+class Kept(Two):
+    """Keeps what is looked at later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.a(x).softmax(-1)
+        return self.b(self.last)
+
+
+def test_what_a_call_keeps_in_an_attribute_is_read_in_it_but_not_set():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Kept()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.inner.last
+
+    shared = emit(Reads(), 0.6, (x(),), verify=True)
+    plain = npas_fx.materialize(shared)
+    torch.testing.assert_close(shared(x(4)), plain(x(4)))
+    assert not hasattr(shared.inner, "last")
+    whole = emit(Reads(), 0.6, (x(),), **{"emit": "module"})
+    whole(x(4))
+    assert whole.inner.last.shape == (4, 5, 8)
