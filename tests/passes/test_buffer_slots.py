@@ -13,6 +13,7 @@ from comparison import emit
 from npas_fx.errors import GuardError
 from npas_fx.passes.capture import capture
 from npas_fx.passes.emitted import emission_of
+from npas_fx.passes.probes import Probes
 from npas_fx.passes.rebinding import rebind, rebound_by
 
 
@@ -397,3 +398,28 @@ def test_what_a_call_keeps_in_an_attribute_is_read_in_it_but_not_set():
     whole = emit(Reads(), 0.6, (x(),), **{"emit": "module"})
     whole(x(4))
     assert whole.inner.last.shape == (4, 5, 8)
+
+
+class InOrder(Two):
+    """Changes a shape in place, so that probes run all operations in order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.m = self.m + 1
+        h.transpose_(0, 1)
+        return self.b(h) if h.shape[1] == x.shape[0] else h
+
+
+def test_probes_bind_nothing(monkeypatch):
+    found = []
+    make_root = Probes.root
+
+    def root(self: Probes) -> nn.Module:
+        made = make_root(self)
+        found.append((made, made.m))
+        return made
+
+    monkeypatch.setattr(Probes, "root", root)
+    assert not capture(InOrder(), x()).leaves
+    assert found
+    assert all(made.m is m for made, m in found)
