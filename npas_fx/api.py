@@ -17,6 +17,7 @@ from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import emit as emit_module
 from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
+from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules
@@ -292,10 +293,14 @@ def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
         weights = generate(emitted)
     values = {**_values(emitted), **all_weights(emitted, weights)}
     trainable = {name: t.requires_grad for name, t in emitted.named_parameters()}
+    set_by_calls = names_set_by_calls(skeleton)
 
     def restore(name: str, tensor: Tensor) -> Tensor:
         value = values.get(name)
-        if value is None or value.shape != tensor.shape:
+        is_set = not isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] in set_by_calls
+        if is_set and value is None:
+            return tensor  # until the buffers are carried
+        if value is None or (value.shape != tensor.shape and not is_set):
             found = "nothing" if value is None else f"the shape {list(value.shape)}"
             raise PlanError(
                 f"the model wants {name} of shape {list(tensor.shape)}, the emitted module has "
@@ -307,6 +312,7 @@ def materialize(shared: nn.Module, model: nn.Module | None = None) -> nn.Module:
         return copied
 
     plain = copy_with(skeleton, restore)
+    carry_buffers(emitted, plain)
     flags = {path: part.training for path, part in emitted.named_modules(remove_duplicate=False)}
     for path, part in plain.named_modules():
         part.training = flags.get(path, emitted.training)
@@ -424,8 +430,8 @@ def param_groups(shared: nn.Module, lr: float, weight_decay: float) -> list[dict
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
-    return dict(named)
+    kinds = (module.named_parameters, module.named_buffers)
+    return {name: tensor for named in kinds for name, tensor in named(remove_duplicate=False)}
 
 
 def _unwrap(module: nn.Module) -> EmittedModule:

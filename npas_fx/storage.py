@@ -23,6 +23,8 @@ from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
 from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.held_inputs import HeldInputs
+from npas_fx.passes.rebinding import names_set_by_calls
+from npas_fx.passes.skeleton import device_of
 
 PLAN, CAPTURE, WEIGHTS = "plan.json", "capture.json", "weights.safetensors"
 INPUTS, INPUT_TENSORS = "inputs.json", "inputs.safetensors"
@@ -41,7 +43,11 @@ def write_folder(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
         PLAN: emission.plan.to_json(),
     }
     given = save(dict(inputs.tensors))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
+    tensors = {
+        # A buffer may be a part of another one, which safetensors refuses.
+        name: (tensor if isinstance(tensor, nn.Parameter) else tensor.clone()).detach().contiguous()
+        for name, tensor in _tensors(module).items()
+    }
     digests = {name: _digest(text.encode()) for name, text in texts.items()}
     digests[INPUT_TENSORS] = _digest(given)
     # One entry: safetensors writes several in any order.
@@ -198,11 +204,12 @@ def fill_tensors(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
         StorageError: names or shapes differ; the module is then in an undefined state.
     """
     path = Path(folder) / WEIGHTS
-    wanted = _tensors(module)
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as err:
         raise StorageError(f"{path} cannot be read: {err}") from err
+    _fit_buffers(module, saved)
+    wanted = _tensors(module)
     if saved.keys() != wanted.keys():
         differing = sorted(saved.keys() ^ wanted.keys())
         raise StorageError(f"{path} and the module differ in the tensors {differing[:3]}")
@@ -217,6 +224,23 @@ def fill_tensors(module: EmittedModule, folder: str | os.PathLike[str]) -> None:
     for part in module.modules():
         if isinstance(part, Bank):
             part.note_offset()
+
+
+def _fit_buffers(module: EmittedModule, saved: Mapping[str, Tensor]) -> None:
+    """Make room for the buffers that calls have bound to tensors of other shapes.
+
+    Those that are persistent keep their shapes, and another one is refused, as by load_state_dict.
+    """
+    skeleton = emission_of(module).capture.skeleton
+    names = names_set_by_calls(skeleton)
+    for path, _ in skeleton.named_modules():
+        part = module.get_submodule(path)
+        for name in names & part._non_persistent_buffers_set:
+            value = saved.get(f"{path}.{name}" if path else name)
+            own = part._buffers[name]
+            if value is not None and (own is None or own.shape != value.shape):
+                device = device_of(module) if own is None else own.device
+                part._buffers[name] = torch.empty_like(value, device=device)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

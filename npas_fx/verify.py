@@ -100,8 +100,12 @@ def _compare(
         def call() -> Any:
             tensors = {**all_weights(owner, generate(owner)), **buffers}
             skeleton = emission_of(owner).capture.skeleton
-            reference = copy_with(skeleton, lambda name, _: tensors[name])
-            return reference.train(is_training)(*args, **kwargs)
+            reference = copy_with(skeleton, lambda name, _: tensors[name]).train(is_training)
+            output = reference(*args, **kwargs)
+            # The call may have bound a name to another tensor.
+            buffers.clear()
+            buffers.update(reference.named_buffers(remove_duplicate=False))
+            return output
 
         try:
             return *_run(call, owner, seed), buffers
@@ -119,7 +123,8 @@ def _compare(
     emitted = _copy_with_noise(shared, noise, seed).train(is_training)
     output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed)
     owned = dict(emitted.named_buffers(remove_duplicate=False))
-    updated = {name: owned[name] for name in buffers}
+    names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    updated = {name: owned[name] for name in owned.keys() & (names | buffers.keys())}
     return Comparison(
         example=example.name,
         mode=mode,

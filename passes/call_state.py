@@ -15,7 +15,7 @@ from torch import nn
 
 
 def attributes_set_by_calls(module: nn.Module) -> frozenset[str]:
-    """Names of the attributes that a call of ``module`` may assign, on whatever object."""
+    """Names of the attributes that a call of ``module`` may assign or delete, on any object."""
     own: object = vars(module).get("forward")
     kind: type = type(module)
     names = _stored(kind)
@@ -130,13 +130,17 @@ def _reached(kind: Any) -> tuple[CodeType, ...]:
     return tuple(code for name in reached for code in methods[name])
 
 
+_STORES_BY_NAME = frozenset(("setattr", "delattr", "register_buffer", "_buffers"))
+
+
 def _stored_by(code: CodeType) -> frozenset[str]:
-    return frozenset(
-        str(instruction.argval)
-        for part in _nested(code)
-        for instruction in dis.get_instructions(part)
-        if instruction.opname == "STORE_ATTR"
-    )
+    found = set[str]()
+    for part in _nested(code):
+        instructions = dis.get_instructions(part)
+        found |= {str(i.argval) for i in instructions if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
+        if not _STORES_BY_NAME.isdisjoint(part.co_names):
+            found |= {constant for constant in part.co_consts if isinstance(constant, str)}
+    return frozenset(found)
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

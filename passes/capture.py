@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from npas_fx.passes.inventory import list_opaque, take_inventory
 from npas_fx.passes.lower import hand_in, lower
 from npas_fx.passes.modes import merge_modes
 from npas_fx.passes.probes import Changes, Probes
+from npas_fx.passes.rebinding import rebound_by
 from npas_fx.passes.refuse_models import refuse_models
 from npas_fx.passes.skeleton import device_of, make_skeleton, named_tensors
 from npas_fx.passes.trace_mode import trace_mode
@@ -221,6 +222,7 @@ def _capture_with(
     )
     found = [find_changes(mode) for mode in (True, False)] if runs_own_code else []
     changed = {name for changes in found if changes for name in changes.tensors}
+    _refuse_stale_reads(modes, {name for changes in found if changes for name in changes.bound})
     assumed = dict.fromkeys(train.assumed_tensors | evaluate.assumed_tensors, Tensor)
     if probes is not None:  # they live on where mixtures of modes may be traced
         probes.drop_values(is_over=len(modes) == 1)
@@ -263,6 +265,27 @@ def _refuse_states(
     keeping = {path for path in in_one if keeps(path)}
     if keeping:
         raise UntraceableError({path: failed[path] for path in keeping})
+
+
+def _refuse_stale_reads(modes: Sequence[ModeGraph], bound: Collection[str]) -> None:
+    """Refuse to read a buffer in a graph, which reads it once, where a call binds it anew.
+
+    Args:
+        modes: the graphs.
+        bound: names of the buffers that are other tensors after a call of the model.
+
+    Raises:
+        UntraceableError: with the modules that read one.
+    """
+    by_graph = frozenset[str]().union(*(rebound_by(mode.graph) for mode in modes))
+    readers = {}
+    for node in (node for mode in modes for node in mode.graph.nodes):
+        if node.op == "get_attr" and node.target in bound and node.target not in by_graph:
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            why = f"it reads the buffer {node.target!r}, which a call binds to another tensor"
+            readers[stack[-1][0] if stack else ""] = why
+    if readers:
+        raise UntraceableError(readers)
 
 
 def _all_leaves(modes: Sequence[ModeGraph]) -> dict[str, str]:

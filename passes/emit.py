@@ -18,7 +18,7 @@ from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import Capture, ModeGraph
 from npas_fx.passes.contexts import leave_on_error
 from npas_fx.passes.emitted import Emission, EmitOptions, EmittedModule, note_emission
-from npas_fx.passes.fall_back import changed_before_guards, fall_back
+from npas_fx.passes.fall_back import assumed_shapes, changed_before_guards, fall_back
 from npas_fx.passes.live_classes import bind, names_of
 from npas_fx.passes.live_weights import LiveWeights
 from npas_fx.passes.opaque import empty_slots, lend
@@ -138,7 +138,10 @@ def _make_forward(
     if options.on_guard == "error":
         return forward
     changed = [changed_before_guards(mode.graph, capture.skeleton) for mode in capture.modes]
-    return fall_back(forward, whole, sorted(set().union(*changed)))
+    shapes: dict[str, Any] = {}
+    for mode in capture.modes:
+        shapes |= assumed_shapes(mode.graph, capture.skeleton, mode.leaves)
+    return fall_back(forward, whole, sorted(set().union(*changed)), shapes)
 
 
 def _choose_by_mode(

@@ -35,12 +35,22 @@ def hidden_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
     These are in lists and closures, themselves or in modules that are not below ``module``.
     """
-    own = set(module.modules())
     for value in _hidden(module):
         if isinstance(value, nn.Parameter):
             yield value
-        elif value not in own:
-            yield from value.parameters()
+    for hidden in hidden_modules(module):
+        yield from hidden.parameters(recurse=False)
+
+
+def hidden_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that the code of ``module`` may find behind torch's back.
+
+    They are in lists and closures, or below those, and not below ``module``.
+    """
+    own = set(module.modules())
+    for value in _hidden(module):
+        if isinstance(value, nn.Module) and value not in own:
+            yield from value.modules()
 
 
 def _hidden(module: nn.Module) -> Iterator[nn.Module | nn.Parameter]:

@@ -18,7 +18,6 @@ from npas_fx.errors import BusyError
 from npas_fx.passes.contexts import init_autocast
 from npas_fx.passes.functions import ApplyFunction, reads_code_around
 from npas_fx.passes.proxy import CapturedProxy
-from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
@@ -172,30 +171,10 @@ def _then(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[.
 def _set_attribute_of(tracer: Tracer) -> Callable[[nn.Module, str, Any], None]:
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         tracer.note_assigned(module, name)
-        _set_attribute(module, name, value)
+        if not (tracer.is_tracing() and tracer.slots.assign(module, name, value)):
+            _plain_setattr(module, name, value)
 
     return set_attribute
-
-
-def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    if not _plain_isinstance(value, CapturedProxy) or name not in {
-        **module._parameters,
-        **module._buffers,
-    }:
-        return _plain_setattr(module, name, value)
-    node, tracer, owned = value.node, value.tracer, module._buffers.get(name)
-    owned_name = tracer.names.get(id(owned))
-    if owned is not None and owned_name is not None:
-        if owned_name in tracer.exposed:
-            module._buffers.pop(name)  # a plain attribute after all
-            return _plain_setattr(module, name, value)
-        changed = node.args[0] if node.target in IN_PLACE_FUNCTIONS else node
-        if changed is tracer.read(owned_name, owned).node:
-            return None  # `self.count += 1`: the buffer itself was changed
-    raise tracer.refusal(
-        f"forward assigns another tensor to the parameter or buffer {name!r}, which a graph does "
-        f"not record; change it in place: self.{name}.copy_(value)"
-    )
 
 
 def _training_of(tracer: Tracer) -> property:

@@ -28,6 +28,7 @@ from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.history import forgets_calls
 from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
+from npas_fx.passes.rebinding import REBINDS
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
@@ -49,6 +50,8 @@ RESHAPING = frozenset(
 
 _LEN = len  # while tracing, the name stands for a patch
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]  # runs a module on inputs by name
+# Else contexts would have to be left again, and a copy of the model serves several runs.
+_NOT_RUN = (*SWITCHES, *REBINDS)
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -58,10 +61,12 @@ class Changes:
 
     Attributes:
         tensors: names of parameters and buffers whose values were set.
+        bound: those of them that are other tensors now, or none.
         modules: paths of modules that have something new in their attributes.
     """
 
     tensors: frozenset[str]
+    bound: frozenset[str]
     modules: frozenset[str]
 
 
@@ -210,6 +215,7 @@ class Probes:
             return None
         return Changes(
             tensors=frozenset[str]().union(*(each.tensors for each in changes)),
+            bound=frozenset[str]().union(*(each.bound for each in changes)),
             modules=frozenset[str]().union(*(each.modules for each in changes)),
         )
 
@@ -221,7 +227,7 @@ class Probes:
         probe: int,
     ) -> Changes | None:
         root = copy_with(model, lambda _, tensor: clone(tensor)).train(is_training)
-        before = {name: tensor._version for name, tensor in named_tensors(root)}
+        before = {name: (tensor, tensor._version) for name, tensor in named_tensors(root)}
         state = read_state(root)
         random = RandomState()
         try:
@@ -231,14 +237,22 @@ class Probes:
             return None
         finally:
             random.put_back()
-        known, now = dict(named_tensors(model)), read_state(root)
+        known, tensors, now = (
+            dict(named_tensors(model)),
+            dict(named_tensors(root)),
+            read_state(root),
+        )
+        bound = frozenset(
+            name for name, (tensor, _) in before.items() if tensors.get(name) is not tensor
+        )
         return Changes(
-            tensors=frozenset(
+            tensors=bound.union(
                 name
-                for name, tensor in named_tensors(root)
-                if tensor._version != before.get(name)  # which .data does not count
+                for name, (tensor, version) in before.items()
+                if tensor._version != version  # which .data does not count
                 or not _is_same(tensor, known[name])
             ),
+            bound=bound,
             modules=frozenset(
                 path
                 for path, name in state.keys() | now.keys()
@@ -447,8 +461,8 @@ class Values:
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
             return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
-        if node.target in SWITCHES:
-            return None  # else they would have to be left again
+        if node.target in _NOT_RUN:
+            return None
         random = RandomState() if _is_own_code(node, self.root) else None
         try:
             with self.probes.mode:
@@ -507,7 +521,7 @@ class RealValues:
         random = RandomState()
         try:
             for each in node.graph.nodes:
-                if each.target in SWITCHES:
+                if each.target in _NOT_RUN:
                     known[each] = None
                 elif each not in known:
                     known[each] = _run_node(each, root, known.__getitem__)

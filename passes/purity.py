@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from npas_fx.passes.functions import ApplyFunction
+from npas_fx.passes.rebinding import rebound_by
 
 _IN_PLACE = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
@@ -22,7 +23,12 @@ _RANDOM = (
 
 
 def is_mutated(node: fx.Node) -> bool:
-    """Whether an operation changes a weight, or what may be a view of it, in place."""
+    """Whether an operation changes a weight, or what may be a view of it, in place.
+
+    A buffer that is bound to another tensor counts as changed.
+    """
+    if node.op == "get_attr" and node.target in rebound_by(node.graph):
+        return True
     return any(True for _ in _changers(node))
 
 

@@ -10,11 +10,13 @@ from torch import fx, nn
 
 from npas_fx.errors import UntraceableError
 from npas_fx.passes.call import CallSignature
+from npas_fx.passes.guards import check_guard
 from npas_fx.passes.leaves import MODULE_FIELDS
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.purity import is_of_sizes, is_pure
 from npas_fx.passes.python_state import read_state
+from npas_fx.passes.rebinding import caches_bound_by
 from npas_fx.passes.rollback import note_state
 from npas_fx.passes.tracer import Trace, Tracer
 
@@ -78,13 +80,13 @@ def _trace_twice(
         The trace, and the paths of the modules that have something new in their attributes.
     """
     owned = {id(module): _copy_attributes(module) for module in work.modules()}
-    before = read_state(work)
+    before = _read(work)
     trace = trace_once()
     if "" in trace.failed:
         return trace, []
     for module in work.modules():
         _forget_pure(module, owned[id(module)])
-    left = read_state(work)
+    left = _read(work)
     caches = [
         (module, name, kept)
         for path, name in _changed(before, left)
@@ -95,14 +97,17 @@ def _trace_twice(
     if caches and forgets_calls():
         for module, name, kept in caches:
             _put_back(module, name, kept)
-        left = read_state(work)
+        left = _read(work)
+    if (bound := caches_bound_by(trace.graph)) and not forgets_calls():
+        why = "it binds a buffer to another tensor, and earlier calls may make a difference"
+        raise UntraceableError({name.rpartition(".")[0]: why for name in bound})
     if left == before:
         return trace, []
     # What a call leaves on its modules is harmless only where no later call reads it.
     again = trace_once()
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
-    now = read_state(work)
+    now = _read(work)
     changed = _changed(left, now)
     path, name = min((key for key in changed if not key[1].startswith(_CONSTANT)), default=("", ""))
     if name:
@@ -113,7 +118,7 @@ def _trace_twice(
             "or tensor in a list or global, or by torch.FloatTensor or alike)"
         )
         raise UntraceableError({_reader(again.graph, changed): why})
-    if str(again.graph) != str(trace.graph):
+    if _lines(again.graph) != _lines(trace.graph):
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
     new = _changed(before, left)
@@ -143,7 +148,8 @@ def _refuse_hand_over(
     put_back()
     work.train(other)
     fresh = trace_once()
-    if (after.failed.keys(), str(after.graph)) != (fresh.failed.keys(), str(fresh.graph)):
+    is_same = after.failed.keys() == fresh.failed.keys()
+    if not is_same or _lines(after.graph) != _lines(fresh.graph):
         mode = "eval" if other else "train"
         why = f"a call in {mode} mode leaves something on it that matters in the other mode"
         raise UntraceableError(dict.fromkeys(left, why))
@@ -153,7 +159,15 @@ def _changed(
     before: Mapping[tuple[str, str], object], now: Mapping[tuple[str, str], object]
 ) -> list[tuple[str, str]]:
     """Path and name of each attribute that was set, or taken away."""
-    return [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    missing = object()
+    keys = before.keys() | now.keys()
+    return [key for key in keys if before.get(key, missing) != now.get(key, missing)]
+
+
+def _read(work: nn.Module) -> dict[tuple[str, str], object]:
+    """What the modules keep in their attributes, and which names of buffers there are."""
+    names = [(path, name) for path, part in work.named_modules() for name in part._buffers]
+    return {**dict.fromkeys(names), **read_state(work)}
 
 
 def _copy_attributes(module: nn.Module) -> dict[str, Any]:
@@ -163,6 +177,8 @@ def _copy_attributes(module: nn.Module) -> dict[str, Any]:
 def _put_back(module: nn.Module, name: str, owned: Mapping[str, Any]) -> None:
     vars(module).pop(name, None)
     vars(module).update({name: owned[name]} if name in owned else {})
+    if name in owned["_buffers"]:  # a plain attribute, exposed for the trace
+        module._buffers[name] = owned["_buffers"][name]
 
 
 def _forget_pure(module: nn.Module, owned: Mapping[str, Any]) -> None:
@@ -214,8 +230,21 @@ def _reader(graph: fx.Graph, constants: Collection[tuple[str, str]]) -> str:
 
 def _first_difference(one: fx.Graph, other: fx.Graph) -> str:
     """Find the innermost module whose code adds the first node in which two graphs differ."""
-    for node, counterpart in zip(one.nodes, other.nodes, strict=False):
-        if node.format_node() != counterpart.format_node():
+    for node, line, other_line in zip(one.nodes, _lines(one), _lines(other), strict=False):
+        if line != other_line:
             stack = list(node.meta.get("nn_module_stack", {}).values())
             return stack[-1][0] if stack else ""
     return ""
+
+
+def _lines(graph: fx.Graph) -> list[str]:
+    """What each node does, without names of nodes: these depend on what was taken back before."""
+    place = {node: f"%{k}" for k, node in enumerate(graph.nodes)}
+
+    def line(node: fx.Node) -> str:
+        name = getattr(node.target, "__name__", node.target)
+        args = node.args[:3] if node.target is check_guard else node.args  # no words for people
+        arguments = fx.node.map_arg((args, node.kwargs), place.__getitem__)
+        return f"{node.op} {getattr(node.target, '__module__', '')} {name} {arguments}"
+
+    return list(map(line, graph.nodes))

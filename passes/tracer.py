@@ -20,17 +20,19 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.functional import multi_head_attention_forward
 
 from npas_fx.errors import BusyError, CaptureError, UntraceableError
+from npas_fx.passes.buffer_slots import BufferSlots
 from npas_fx.passes.call import CallSignature
-from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
+from npas_fx.passes.call_state import may_return_none
 from npas_fx.passes.contexts import write_enter, write_leave
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.guards import describe
-from npas_fx.passes.leaves import makes_own_weights, owns_nothing_shareable
+from npas_fx.passes.leaves import hidden_modules, makes_own_weights, owns_nothing_shareable
 from npas_fx.passes.objects import FIXED, RemakeObject, is_plain_object
 from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.questions import UNKNOWN, Questions
+from npas_fx.passes.rebinding import names_set_by_calls
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
@@ -120,6 +122,7 @@ class Tracer(fx.Tracer):
         self._has_returned = False  # the root, so that what it gave is no longer changed
         self._objects: dict[int, fx.Node | None] = {}
         self.numbers = TriedNumbers(self)
+        self.slots: BufferSlots  # of the root
         self._handed_others: set[nn.Module] = set()  # they may read the weights of those
 
     def trace_mode(self, root: nn.Module) -> Trace:
@@ -129,19 +132,21 @@ class Tracer(fx.Tracer):
             for source in (root.named_buffers(), root.named_parameters())
             for name, tensor in source
         }
+        self.slots = BufferSlots(self, root)
         self._state = _ambient_state()
         self._asked = [set()]
         random = RandomState()
         try:
             with patches(self):
                 graph = self.trace(root)
-            self._check(random)
+            self._check(root, random)
         except (BusyError, UntraceableError):
             raise
         except Exception as err:
             graph, self.failed = fx.Graph(), {"": say_why(err)}
         finally:
             random.put_back()
+            self.slots.put_back()
         if hand_overs := self._find_hand_overs():
             raise UntraceableError(hand_overs)
         return Trace(
@@ -258,7 +263,7 @@ class Tracer(fx.Tracer):
         random = RandomState()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            self._check(random)
+            self._check(m, random)
         except BusyError:
             raise
         except Exception as err:
@@ -276,12 +281,18 @@ class Tracer(fx.Tracer):
 
     def _call_leaf(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.called.add(m)
-        for part in m.modules():
-            # What a call leaves on the module is not there now: who reads it cannot be traced.
-            for name in attributes_set_by_calls(part):
+        # What a call leaves on modules is not there now: who reads it cannot be traced.
+        names, hidden = names_set_by_calls(m), list(hidden_modules(m))
+        for part in hidden:
+            if bound := [name for name in names if self.slots.has_buffer(part, name)]:
+                raise self.refusal(
+                    f"it calls a {type(m).__name__}, which may bind the buffer {bound[0]!r} of a "
+                    f"{type(part).__name__} that is not below it"
+                )
+        for part in (*m.modules(), *hidden):
+            for name in names:
                 vars(part).pop(name, None)
-                if self.names.get(id(part._buffers.get(name))) in self.exposed:
-                    del part._buffers[name]
+                self.slots.take_out(part, name)
         return super().call_module(m, forward, args, kwargs)
 
     def note_assigned(self, module: nn.Module, name: str) -> None:
@@ -299,8 +310,13 @@ class Tracer(fx.Tracer):
             if module in inside
         }
 
-    def _check(self, random: RandomState) -> None:
-        """Refuse what the code that was just traced has done without an error."""
+    def _check(self, module: nn.Module, random: RandomState) -> None:
+        """Refuse what the code of a module that was just traced has done without an error."""
+        if self.first_refusal is None and (name := self.slots.find_change(module)):
+            raise self.refusal(
+                f"forward adds, replaces or deletes the parameter or buffer {name!r}, which a "
+                "graph does not record; assign a tensor of the same shape to a buffer that is there"
+            )
         if not random.is_now():
             raise self.refusal(
                 "forward draws random numbers in Python, which a graph would repeat at each call; "
@@ -317,10 +333,12 @@ class Tracer(fx.Tracer):
         put_back = note_state(module, arguments)
         depth, num_assigned, stack = len(self._asked), len(self.assigned), dict(self.module_stack)
         num_contexts, state = len(self._contexts), self._state
+        num_bound = self.slots.length()
         last = self.last_node()
 
         def undo() -> bool:
             is_changed = put_back()
+            self.slots.undo(num_bound)
             self.first_refusal = None
             del self._asked[depth:], self.assigned[num_assigned:], self._contexts[num_contexts:]
             self._state = state
@@ -485,6 +503,10 @@ class Tracer(fx.Tracer):
             return self._create_container(a)
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, Tensor) and self.slots.may_be_bound_anew(a):
+            raise self.refusal(
+                "forward reads a buffer from a list or alike, and may bind its name to another one"
+            )
         if self._has_returned and is_plain_object(a):
             return self._create_object(a)
         if not isinstance(a, torch.Generator):  # a copy of one would draw other numbers

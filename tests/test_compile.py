@@ -217,6 +217,44 @@ def test_where_the_plain_model_breaks_the_emitted_one_breaks_no_more(name):
     found.assert_no_more()
 
 
+class RunningMean(nn.Module):
+    """Binds a buffer anew at each call, and a counter in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            self.steps = self.steps + 1
+        return self.b(h - self.mean)
+
+
+class Rows(nn.Module):
+    """Binds a buffer of another shape, so that it is called as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("rows", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows.shape[0] != x.shape[0]:
+            self.rows = torch.arange(x.shape[0]).to(x)[:, None]
+        return self.b(self.a(x) + self.rows)
+
+
+@pytest.mark.parametrize("kind", [RunningMean, Rows])
+def test_buffers_that_are_bound_anew_break_no_graph(kind):
+    found = compare(in_float64(Example(kind, _vectors)))
+    assert found.is_whole
+    found.assert_no_more()
+
+
 def test_what_stands_behind_a_recurrent_module_is_compiled_too():
     # In the plain model torch._dynamo compiles what comes before an LSTM and leaves the rest alone.
     found = compare(in_float64(Example(ProjectedText, MODELS["lstm"].draw)), budget=0.7)

@@ -73,6 +73,44 @@ def test_a_cache_of_what_sizes_make_is_traced(forward, is_warm, check):
         assert_same(emitted, model, (sequences(3, 2),))
 
 
+def indices(self, value):
+    n = value.shape[1]
+    if self.indices is None or self.indices.shape[0] != n:
+        self.indices = torch.arange(n)[:, None].expand(-1, 4)
+    return self.run(value + self.indices)
+
+
+def with_indices(forward, buffer, persistent=False):
+    model = net(forward)
+    model.register_buffer("indices", buffer, persistent=persistent)
+    return model
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(1, 4), None], ids=["of another shape", "None"])
+def test_a_buffer_that_saves_work_is_bound_anew_at_each_call(buffer, check):
+    model = with_indices(indices, buffer)
+    assert not capture(model, sequences()).leaves
+    emitted = check(model, sequences(), others=[(sequences(4),), (sequences(2, 7),)])
+    emitted(sequences(2, 6))
+    assert emitted.indices.shape == (6, 4)
+    given = {"example_inputs": sequences(), "solver": "greedy", "on_guard": "fallback"}
+    emitted = npas_fx.transform(model, 0.9, **given)
+    emitted.train().forward.__wrapped__  # noqa: B018  # it can fall back, and need not
+    assert_same(emitted, model, (sequences(2, 7),))
+
+
+def uses_the_last(self, value):
+    y = self.run(value) if self.indices is None else self.run(value) + self.indices.sum()
+    self.indices = torch.arange(value.shape[1])
+    return y
+
+
+def test_a_buffer_that_later_calls_read_saves_no_work(falls_back):
+    falls_back(with_indices(uses_the_last, None), sequences(), match="may make a difference")
+    saved = with_indices(indices, torch.zeros(1, 4), persistent=True)
+    falls_back(saved, sequences(), match="its shape or type does not stay")
+
+
 def test_without_an_example_a_cache_is_called(falls_back):
     assert "" in capture(caching(keeps_a_mask)).leaves
     with torch.device("meta"):

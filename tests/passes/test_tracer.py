@@ -80,6 +80,11 @@ def buffer_add(self, x):
     return self.run(x) * self.count
 
 
+def buffer_rebound(self, x):
+    self.count = self.count + 1
+    return self.run(x) * self.count
+
+
 def buffer_copy(self, x):
     self.count.copy_(x.detach().mean())
     return self.run(x) * self.count
@@ -203,6 +208,7 @@ def infinities(self, x):
 RIGHT = [
     *(is_tensor_by_isinstance, is_tensor_by_union, is_tensor_by_torch, number_of_rows_is_an_int),
     *(shape_is_a_size, is_no_tuple, alias_sees_in_place, buffer_iadd, buffer_add, buffer_copy),
+    buffer_rebound,
     *(torch_rand, zeros_of_shape, set_items, unpacks_shape, asserts, math_of_sizes),
     *(modules_made_in_forward, tensor_from_numbers, module_constant, attribute_constant),
     *(attribute_changed_in_place, write_only_state, number_cached_at_first_call),
@@ -308,9 +314,30 @@ def assigns_data(self, x):
     return self.run(x) * self.count
 
 
-def rebinds_a_buffer(self, x):
-    self.count = self.count + 1
+def rebinds_to_another_shape(self, x):
+    self.count = self.count + x.sum(1)
+    return self.run(x) * self.count.sum()
+
+
+def rebinds_to_what_depends_on_data(self, x):
+    self.count = self.count + x[x > 0].sum()
     return self.run(x) * self.count
+
+
+def sets_a_buffer_to_none(self, x):
+    self.count = None
+    return self.run(x)
+
+
+def deletes_a_buffer(self, x):
+    y = self.run(x) * self.count
+    del self.count
+    return y
+
+
+def registers_a_buffer(self, x):
+    self.register_buffer("other", self.count.clone())
+    return self.run(x) * self.other
 
 
 def python_random(self, x):
@@ -407,7 +434,11 @@ NOT_TRACED = {
     swallows_a_number: "Python number",
     loops: "loops over a value",
     assigns_data: "attribute 'data' of a traced value",
-    rebinds_a_buffer: r"parameter or buffer 'count'.*self.count.copy_\(value\)",
+    rebinds_to_another_shape: "parameter or buffer 'count', and its shape or type does not stay",
+    rebinds_to_what_depends_on_data: "not known whether its shape and type stay",
+    sets_a_buffer_to_none: "deletes the parameter or buffer 'count'",
+    deletes_a_buffer: "deletes the parameter or buffer 'count'",
+    registers_a_buffer: "adds, replaces or deletes the parameter or buffer 'other'",
     python_random: "random numbers in Python",
     numpy_random: "random numbers in Python",
     own_generator: "own attribute 'generator' at each call",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -70,15 +71,24 @@ def run_original(
     weights: Mapping[str, Tensor],
     shared: nn.Module,
     inputs: tuple[Any, ...],
-    buffers: Mapping[str, Tensor],
+    buffers: dict[str, Tensor],
 ) -> Any:
-    """Run the model's own code with generated weights; all else is the emitted module's own."""
+    """Run the model's own code with generated weights; all else is the emitted module's own.
+
+    Buffers are those of the call, and afterwards what it has made of them.
+    """
     kept = dict(shared.named_parameters(remove_duplicate=False))
     tensors = {
         name: weights[name] if name in weights else kept[name]
         for name, _ in original.named_parameters()
     }
-    return functional_call(original, {**tensors, **buffers}, inputs)
+    model = copy.deepcopy(original)  # functional_call would undo what is bound anew
+    for name, buffer in buffers.items():
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._buffers[attribute] = buffer
+    output = functional_call(model, tensors, inputs)
+    buffers.update(model.named_buffers())
+    return output
 
 
 def seeded(call: Callable[[], Any], seed: int = 7) -> Any:
