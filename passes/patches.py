@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from npas_fx.errors import BusyError
 from npas_fx.passes.contexts import init_autocast
 from npas_fx.passes.functions import ApplyFunction, reads_code_around
-from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.proxy import CapturedProxy, proxies_in
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _CONTEXTS = (
 _LOCK = threading.Lock()
 _plain_isinstance = builtins.isinstance
 _plain_len = builtins.len
+_plain_size = torch.Size
 _plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
 
 
@@ -61,8 +62,9 @@ def patches(tracer: Tracer) -> Iterator[None]:
 def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     for name in FACTORIES:
         yield torch, name, _recorded(tracer, getattr(torch, name))
-    for name in ("finfo", "iinfo"):
+    for name in ("finfo", "iinfo", "broadcast_shapes"):
         yield torch, name, _recorded_if_traced(tracer, getattr(torch, name))
+    yield torch, "Size", _Size
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
     yield torch, "is_tensor", _is_tensor
@@ -101,7 +103,8 @@ def _isinstance(value: Any, kind: Any) -> bool:
     # A proxy is no Tensor, so user code would take the wrong branch without a word.
     if _plain_isinstance(value, CapturedProxy):
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.split(".")[0] not in ("torch", "npas_fx"):
+        is_own = caller.split(".")[0] in ("torch", "npas_fx")
+        if not is_own or caller.startswith("torch.distributions."):  # which is written as a user's
             return _stands_for(value, kind)
     return _plain_isinstance(value, kind)
 
@@ -115,6 +118,25 @@ def _stands_for(value: CapturedProxy, kind: Any) -> bool:
     if _plain_isinstance(value, kind) and not value.tracer.questions.is_fixed(value.node):
         return True
     return value.is_instance(kind)
+
+
+class _SizeType(type):
+    """Stands for the type ``torch.Size``, which takes no traced numbers and has no subclasses."""
+
+    def __call__(cls, *args: Any) -> Any:
+        for proxy in proxies_in(args)[:1]:
+            return proxy.tracer.create_proxy("call_function", _plain_size, args, {})
+        return _plain_size(*args)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _plain_isinstance(instance, _plain_size)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _plain_size)
+
+
+class _Size(metaclass=_SizeType):
+    pass
 
 
 def _len(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import operator
 import sys
 import threading
@@ -31,6 +30,7 @@ from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.questions import UNKNOWN, Questions
+from npas_fx.passes.raising_branches import check_branch, find_raising_branch, is_with
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
@@ -114,7 +114,7 @@ class Tracer(fx.Tracer):
         self.thread = threading.get_ident()
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
         self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
-        self._contexts: list[tuple[Any, fx.Node | None]] = []  # that the code is in
+        self._contexts: list[tuple[Any, fx.Node | None, FrameType | None]] = []  # of the code
         self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
@@ -432,28 +432,33 @@ class Tracer(fx.Tracer):
                 self._state = _ambient_state()
                 enter, arguments = operation
                 node = self.create_node("call_function", enter, self.create_arg(arguments), {})
-            self._contexts.append((context, node))
+            frame = sys._getframe(2)
+            self._contexts.append((context, node, frame if is_with(frame) else None))
 
     def note_left(self, context: Any) -> None:
         """Record that it has left it."""
         if self.is_tracing() and self._contexts and self._contexts[-1][0] is context:
-            _, node = self._contexts.pop()
+            _, node, _ = self._contexts.pop()
             if node is not None:
                 self._state = _ambient_state()
                 self.create_node("call_function", write_leave(node), (node,), {})
 
     def _contexts_are_recorded(self) -> bool:
-        return all(node is not None for _, node in self._contexts)
+        return all(node is not None for _, node, _ in self._contexts)
 
     def to_bool(self, obj: Any) -> bool:
-        """Answer a question of control flow: an ``assert`` becomes a node, others are refused."""
+        """Answer a question of control flow; where one way only raises, by the other one."""
         frame = sys._getframe(2)
-        if not _is_assert(frame) and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
+        branch = find_raising_branch(frame, [where for _, _, where in self._contexts])
+        is_assert = branch is not None and branch.kind == "AssertionError"
+        if not is_assert and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
             return bool(answer)
-        if _is_assert(frame):
-            where = f"assertion at {frame.f_code.co_filename}:{frame.f_lineno}"
-            self.create_proxy("call_function", torch._assert, (obj, where), {})
-            return True
+        if branch is not None:
+            found = f"{describe(obj.node)} is {branch.raises_if}"
+            what = f"{found}, for which the code of the model raises, at {branch.line}"
+            arguments = (obj, branch.raises_if, branch.kind, what)
+            self.create_proxy("call_function", check_branch, arguments, {})
+            return not branch.raises_if
         raise self.refusal(
             "forward branches on a value that depends on its inputs; give the model one way "
             "through, or put the branch into a module without weights of its own"
@@ -520,14 +525,6 @@ class Tracer(fx.Tracer):
             )
         plain = dict(a) if isinstance(a, dict) else list(a)
         return self.create_node("call_function", kind, (super().create_arg(plain),), {})
-
-
-def _is_assert(frame: FrameType) -> bool:
-    """Whether the truth value that ``frame`` asks for decides an ``assert``."""
-    coming = [i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti]
-    jump = next((k for k, i in enumerate(coming) if "IF_TRUE" in i.opname), len(coming))
-    # CPython 3.12 and later have a TO_BOOL before the jump, 3.13 may have a cache entry in between.
-    return jump <= 1 and any("ASSERT" in f"{i.opname} {i.argrepr}" for i in coming[jump + 1 :][:2])
 
 
 def _leaves(value: Any) -> Iterator[Any]:
