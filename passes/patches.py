@@ -75,7 +75,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
     yield torch.autograd.Function, "apply", _record_function(tracer)
-    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _text_of)
+    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _known_of)
     for context in _CONTEXTS:
         yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
         yield context, "__exit__", _then(context.__exit__, tracer.note_left)
@@ -143,11 +143,11 @@ def _len(value: Any) -> Any:
     return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
 
 
-def _text_of(value: Any) -> str | None:
-    values = None
-    if _plain_isinstance(value, CapturedProxy):
-        values = value.tracer.questions.values_of(value.node)
-    return values[0] if values and _plain_isinstance(values[0], str) else None
+def _known_of(value: Any) -> Any:
+    if not _plain_isinstance(value, CapturedProxy):
+        return value
+    values = value.tracer.questions.values_of(value.node)
+    return values[0] if values and _plain_isinstance(values[0], (str, torch.dtype)) else value
 
 
 def _is_tensor(value: Any) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.functional import multi_head_attention_forward
 from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import attributes_set_by_calls, may_return_none
-from npas_fx.passes.contexts import write_enter, write_leave
+from npas_fx.passes.contexts import ambient_state, leave, write_enter
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.guards import describe
 from npas_fx.passes.leaves import makes_own_weights, owns_nothing_shareable
@@ -129,7 +129,7 @@ class Tracer(fx.Tracer):
             for source in (root.named_buffers(), root.named_parameters())
             for name, tensor in source
         }
-        self._state = _ambient_state()
+        self._state = ambient_state()
         self._asked = [set()]
         random = RandomState()
         try:
@@ -220,6 +220,8 @@ class Tracer(fx.Tracer):
         def call_root(root: nn.Module) -> Any:
             args, kwargs = self.signature.rebuild(proxies)
             result = root.forward(*args, **kwargs)
+            if self._contexts:
+                raise self.refusal("forward enters a context manager of torch's and stays in it")
             self._has_returned = True
             return result
 
@@ -411,25 +413,25 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
-        if not self._contexts_are_recorded() or self._state != _ambient_state():
+        if not self._contexts_are_recorded() or self._state != ambient_state():
             raise self.refusal(
                 "forward switches gradients or autocast around traced operations in a way that a "
-                "graph does not record (set_grad_enabled, inference_mode, autocast switched on); "
-                "do so around the call of the model, with torch.no_grad() or enable_grad(), or "
-                "inside a submodule without weights of its own"
+                "graph does not record (inference_mode, or without a `with`); do so around the "
+                "call of the model, with torch.no_grad(), enable_grad() or autocast, or inside a "
+                "submodule without weights of its own"
             )
         node = super().create_node(*args, **kwargs)
-        self.questions.note(node)
+        self.questions.note(node, [each for _, each, _ in self._contexts if each is not None])
         self.flags_before[node] = frozenset(self._asked[-1])
         return node
 
     def note_entered(self, context: Any) -> None:
         """Record that the code that is being traced has entered a context manager of torch's."""
         if self.is_tracing():
-            operation = write_enter(context)
+            operation = write_enter(context, self._state[0])
             node = None
             if operation is not None and self._contexts_are_recorded():
-                self._state = _ambient_state()
+                self._state = ambient_state()
                 enter, arguments = operation
                 node = self.create_node("call_function", enter, self.create_arg(arguments), {})
             frame = sys._getframe(2)
@@ -440,8 +442,8 @@ class Tracer(fx.Tracer):
         if self.is_tracing() and self._contexts and self._contexts[-1][0] is context:
             _, node, _ = self._contexts.pop()
             if node is not None:
-                self._state = _ambient_state()
-                self.create_node("call_function", write_leave(node), (node,), {})
+                self._state = ambient_state()
+                self.create_node("call_function", leave, (node,), {})
 
     def _contexts_are_recorded(self) -> bool:
         return all(node is not None for _, node, _ in self._contexts)
@@ -540,8 +542,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for item in inside:
         yield from _leaves(item)
-
-
-def _ambient_state() -> tuple[Any, ...]:
-    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
