@@ -133,24 +133,20 @@ class _Code:
 
     Attributes:
         next: offset of an instruction -> that of the one behind it.
-        handler_of: offset of an instruction -> where Python goes on if it raises; without an entry
-            the function is left.
     """
 
     def __init__(self, code: CodeType) -> None:
         instructions = list(dis.get_instructions(code))
         self._at = {each.offset: each for each in instructions}
         self.next = dict(zip(list(self._at), list(self._at)[1:], strict=False))
-        table = getattr(dis.Bytecode(code), "exception_entries", None)
-        if table is None:  # Python 3.10
-            self.handler_of = self._find_set_up()
-        else:
-            self.handler_of = {
-                offset: entry.target
-                for entry in table
-                for offset in self._at
-                if entry.start <= offset < entry.end
-            }
+        self._table = getattr(dis.Bytecode(code), "exception_entries", None)
+
+    def handler_of(self, offset: int) -> int | None:
+        """Where Python goes on if an instruction raises; None if the function is left."""
+        if self._table is None:
+            return self._find_set_up().get(offset)
+        inside = (entry for entry in self._table if entry.start <= offset < entry.end)
+        return next((int(entry.target) for entry in inside), None)
 
     def start_of(self, offset: int) -> int:
         """Where an instruction starts; a frame that calls may be at the end of it."""
@@ -209,7 +205,7 @@ class _Code:
         managers: set[int] = set()
         waiting = [*raises]
         while waiting:
-            handler = self.handler_of.get(waiting.pop())
+            handler = self.handler_of(waiting.pop())
             if handler is None or handler in seen:
                 continue
             seen.add(handler)
@@ -234,7 +230,7 @@ class _Code:
         return [instruction.argval, *following]
 
     def _find_set_up(self) -> dict[int, int]:
-        """Find ``handler_of`` in Python 3.10, where instructions set handlers up."""
+        """Find all handlers in Python 3.10, where instructions set them up."""
         handlers_at: dict[int, tuple[int, ...]] = {}
         waiting: list[tuple[int, tuple[int, ...]]] = [(0, ())]
         while waiting:

@@ -234,11 +234,6 @@ def test_a_parameter_is_a_parameter(check):
     assert torch.equal(emitted(value), model(value))
 
 
-def autocast_on(self, x):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.run(x)
-
-
 def set_grad_enabled(self, x):
     torch.set_grad_enabled(False)
     return self.run(x)
@@ -400,7 +395,6 @@ NOT_TRACED = {
     torch_generator: "hands a Generator to a traced operation",
     outputs_a_set: "hands a set to a traced operation",
     branches_on_a_weight: "forward branches on a value",
-    autocast_on: "switches gradients or autocast",
     set_grad_enabled: "switches gradients or autocast",
     branches: r"forward branches on a value .*\[.*test_tracer.py:\d+\]",
     swallows_the_refusal: "forward branches on a value",
