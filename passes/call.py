@@ -6,12 +6,14 @@ import inspect
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from npas_fx.errors import CaptureError, GuardError
+from npas_fx.passes.contexts import write_blocks
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -270,6 +272,7 @@ def _rename_inputs(graph: fx.Graph) -> fx.Graph:
 def _write(graph: fx.Graph, head: str) -> tuple[str, dict[str, Any]]:
     """Write the code of a graph; give it with the globals that it reads."""
     graph.set_codegen(_WithHead(head))
+    graph.on_generate_code(lambda _: partial(write_blocks, list(graph.nodes)))
     code = graph.python_code("self")
     return code.src, code.globals
 

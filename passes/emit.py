@@ -16,7 +16,6 @@ from npas_fx.ir import Plan
 from npas_fx.passes.banks_aside import BanksAside, live_weights_of, put_aside
 from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import Capture, ModeGraph
-from npas_fx.passes.contexts import leave_on_error
 from npas_fx.passes.emitted import Emission, EmitOptions, EmittedModule, note_emission
 from npas_fx.passes.fall_back import assumed_shapes, changed_before_guards, fall_back
 from npas_fx.passes.live_classes import bind, names_of
@@ -129,7 +128,7 @@ def _make_forward(
             return whole
         filename = f"<npas_fx graph {next(_SOURCES)} of {kind.__name__}>"
         graph = rewrite(mode.graph, sites_of)
-        return leave_on_error(make_forward(capture.call, graph, filename), graph)
+        return make_forward(capture.call, graph, filename)
 
     if len(capture.modes) == 1:
         forward = write(capture.modes[0])

@@ -21,7 +21,7 @@ class FixedValues:
         read_buffers: gives those that no call updates, by name; may take long.
         known: node -> what it is known to have in each probe, without data.
         of_data: nodes whose value or shape may depend on data all the same.
-        run_node: computes a node, given what reads its arguments.
+        run_node: computes a node in a probe, given what reads its arguments.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class FixedValues:
         read_buffers: Callable[[], Mapping[str, Tensor]],
         known: Mapping[fx.Node, Mapping[int, Any] | None],
         of_data: set[fx.Node],
-        run_node: Callable[[fx.Node, Callable[[fx.Node], Any]], Any],
+        run_node: Callable[[fx.Node, int, Callable[[fx.Node], Any]], Any],
     ) -> None:
         self._names = names
         self._read_buffers = read_buffers
@@ -55,7 +55,7 @@ class FixedValues:
                 elif each.op == "get_attr":
                     values[each] = self._read_buffers()[str(each.target)].clone()
                 else:
-                    values[each] = self._run_node(each, values.__getitem__)
+                    values[each] = self._run_node(each, probe, values.__getitem__)
         finally:
             random.put_back()
         return values[node]

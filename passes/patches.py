@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from npas_fx.errors import BusyError
 from npas_fx.passes.contexts import init_autocast
 from npas_fx.passes.functions import ApplyFunction, reads_code_around
-from npas_fx.passes.proxy import CapturedProxy
+from npas_fx.passes.proxy import CapturedProxy, proxies_in
 
 if TYPE_CHECKING:
     from npas_fx.passes.tracer import Tracer
@@ -38,6 +38,7 @@ _CONTEXTS = (
 _LOCK = threading.Lock()
 _plain_isinstance = builtins.isinstance
 _plain_len = builtins.len
+_plain_size = torch.Size
 _plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
 
 
@@ -60,8 +61,9 @@ def patches(tracer: Tracer) -> Iterator[None]:
 def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     for name in FACTORIES:
         yield torch, name, _recorded(tracer, getattr(torch, name))
-    for name in ("finfo", "iinfo"):
+    for name in ("finfo", "iinfo", "broadcast_shapes"):
         yield torch, name, _recorded_if_traced(tracer, getattr(torch, name))
+    yield torch, "Size", _Size
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
     yield torch, "is_tensor", _is_tensor
@@ -72,7 +74,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield nn.Module, "__setattr__", _set_attribute_of(tracer)
     yield nn.Module, "training", _training_of(tracer)
     yield torch.autograd.Function, "apply", _record_function(tracer)
-    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _text_of)
+    yield torch.autocast, "__init__", init_autocast(torch.autocast.__init__, _known_of)
     for context in _CONTEXTS:
         yield context, "__enter__", _then(context.__enter__, tracer.note_entered)
         yield context, "__exit__", _then(context.__exit__, tracer.note_left)
@@ -100,7 +102,8 @@ def _isinstance(value: Any, kind: Any) -> bool:
     # A proxy is no Tensor, so user code would take the wrong branch without a word.
     if _plain_isinstance(value, CapturedProxy):
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.split(".")[0] not in ("torch", "npas_fx"):
+        is_own = caller.split(".")[0] in ("torch", "npas_fx")
+        if not is_own or caller.startswith("torch.distributions."):  # which is written as a user's
             return _stands_for(value, kind)
     return _plain_isinstance(value, kind)
 
@@ -116,15 +119,34 @@ def _stands_for(value: CapturedProxy, kind: Any) -> bool:
     return value.is_instance(kind)
 
 
+class _SizeType(type):
+    """Stands for the type ``torch.Size``, which takes no traced numbers and has no subclasses."""
+
+    def __call__(cls, *args: Any) -> Any:
+        for proxy in proxies_in(args)[:1]:
+            return proxy.tracer.create_proxy("call_function", _plain_size, args, {})
+        return _plain_size(*args)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _plain_isinstance(instance, _plain_size)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _plain_size)
+
+
+class _Size(metaclass=_SizeType):
+    pass
+
+
 def _len(value: Any) -> Any:
     return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
 
 
-def _text_of(value: Any) -> str | None:
-    values = None
-    if _plain_isinstance(value, CapturedProxy):
-        values = value.tracer.questions.values_of(value.node)
-    return values[0] if values and _plain_isinstance(values[0], str) else None
+def _known_of(value: Any) -> Any:
+    if not _plain_isinstance(value, CapturedProxy):
+        return value
+    values = value.tracer.questions.values_of(value.node)
+    return values[0] if values and _plain_isinstance(values[0], (str, torch.dtype)) else value
 
 
 def _is_tensor(value: Any) -> bool:

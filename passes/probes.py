@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from npas_fx.passes.contexts import SWITCHES
+from npas_fx.passes.contexts import SWITCHES, OpenContexts
 from npas_fx.passes.fixed_values import FixedValues
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.history import forgets_calls
@@ -322,14 +322,22 @@ class Values:
         probes: of the model that is traced.
         run: runs a function while nothing is recorded.
         call: runs a module on inputs by name.
+        contexts: that the nodes are in.
     """
 
-    def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any], call: Call) -> None:
+    def __init__(
+        self,
+        probes: Probes,
+        run: Callable[[Callable[[], Any]], Any],
+        call: Call,
+        contexts: OpenContexts,
+    ) -> None:
         self.probes = probes
         self.run = run
+        self.contexts = contexts
         self.alive = list(range(len(probes.inputs)))
         self.keeps_order = False  # whether a shape changes in place, so that all are run in order
-        self.real = RealValues(probes, run)
+        self.real = RealValues(probes, run, contexts)
         self.of_data: set[fx.Node] = set()  # numbers and sizes that may depend on data
         self.of_fixed: set[fx.Node] = set()  # whose value or shape depends on that of buffers
         self._known: dict[fx.Node, dict[int, Any] | None] = {}
@@ -338,13 +346,14 @@ class Values:
             partial(probes.find_fixed_buffers, call),
             self._known,
             self.of_data,
-            lambda node, read: _run_node(node, nn.Module(), read),
+            self._run_fixed,
         )
 
     def fixed_of(self, node: fx.Node) -> list[Any] | None:
         """Values of a node with their data, one for each probe; None where calls may change it."""
         try:
-            return [self.run(partial(self._fixed.of, node, probe)) for probe in self.alive]
+            with self.contexts.around():
+                return [self.run(partial(self._fixed.of, node, probe)) for probe in self.alive]
         except Exception:
             return None
 
@@ -372,7 +381,8 @@ class Values:
         waiting = [node]
         while waiting:
             each = waiting[-1]
-            missing = [s for s in each.all_input_nodes if s not in self._known and s not in order]
+            sources = self.contexts.sources(each)
+            missing = [s for s in sources if s not in self._known and s not in order]
             if missing:
                 waiting += missing
             else:
@@ -382,7 +392,7 @@ class Values:
         return list(order)
 
     def _evaluate(self, node: fx.Node) -> dict[int, Any] | None:
-        if any(self._known[source] is None for source in node.all_input_nodes):
+        if any(self._known[source] is None for source in self.contexts.sources(node)):
             return None
         known = {}
         needs_data = False
@@ -454,9 +464,7 @@ class Values:
         def read(source: fx.Node) -> Any:
             if numbers is not None and source in numbers:
                 return numbers[source]
-            known = self._known[source]
-            assert known is not None
-            return known[probe]
+            return self._known_in(probe, source)
 
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
@@ -465,11 +473,21 @@ class Values:
             return None
         random = RandomState() if _is_own_code(node, self.root) else None
         try:
-            with self.probes.mode:
+            with self.probes.mode, self.contexts.around(node, read):
                 return _run_node(node, self.root, read)
         finally:
             if random is not None:
                 random.put_back()
+
+    def _known_in(self, probe: int, source: fx.Node) -> Any:
+        known = self._known[source]
+        assert known is not None
+        return known[probe]
+
+    def _run_fixed(self, node: fx.Node, probe: int, read: Callable[[fx.Node], Any]) -> Any:
+        known = partial(self._known_in, probe)
+        with self.contexts.around(node, known, has_gradients=False):
+            return _run_node(node, nn.Module(), read)
 
 
 class RealValues:
@@ -478,11 +496,15 @@ class RealValues:
     Args:
         probes: of the model that is traced.
         run: runs a function while nothing is recorded.
+        contexts: that the nodes are in.
     """
 
-    def __init__(self, probes: Probes, run: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(
+        self, probes: Probes, run: Callable[[Callable[[], Any]], Any], contexts: OpenContexts
+    ) -> None:
         self.probes = probes
         self.run = run
+        self.contexts = contexts
         self._known: dict[tuple[int, bool], dict[fx.Node, Any]] = {}  # of each set of inputs
         self._root: nn.Module | None = None
 
@@ -524,7 +546,9 @@ class RealValues:
                 if each.target in _NOT_RUN:
                     known[each] = None
                 elif each not in known:
-                    known[each] = _run_node(each, root, known.__getitem__)
+                    read = known.__getitem__
+                    with self.contexts.around(each, read, has_gradients=False):
+                        known[each] = _run_node(each, root, read)
                 if each is node:
                     break
         finally:

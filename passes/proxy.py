@@ -115,11 +115,7 @@ class CapturedProxy(fx.Proxy):
         cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
     ) -> Any:
         """Record the call of a function of torch."""
-        found: list[CapturedProxy] = []
-        fx.node.map_aggregate(
-            (args, kwargs), lambda a: found.append(a) if isinstance(a, CapturedProxy) else None
-        )
-        for proxy in found[:1]:
+        for proxy in proxies_in((args, kwargs))[:1]:
             proxy.tracer.numbers.forget(sys._getframe(1))
         return super().__torch_function__(orig_method, types, args, kwargs)
 
@@ -177,6 +173,18 @@ class CapturedAttribute(CapturedProxy):
         fields = vars(self)
         arguments = (fields["_owner"], *args)
         return self.tracer.create_proxy("call_method", fields["_name"], arguments, kwargs)
+
+
+def proxies_in(value: Any) -> list[CapturedProxy]:
+    """The traced values in a value of containers."""
+    found: list[CapturedProxy] = []
+
+    def note(item: Any) -> None:
+        if isinstance(item, CapturedProxy):
+            found.append(item)
+
+    fx.node.map_aggregate(value, note)
+    return found
 
 
 def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:

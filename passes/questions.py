@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from npas_fx.passes.contexts import OpenContexts
 from npas_fx.passes.guards import OF_DATA, QUESTIONS, check_guard, describe, user_line
 from npas_fx.passes.probes import RESHAPING, Call, Probes, Values
 
@@ -33,12 +34,14 @@ class Questions:
         self.is_asking = False  # code of the model may run for an answer, and not for the graph
         self._probes = probes
         self._call = call
-        self._values = None if probes is None else Values(probes, self._run, call)
+        self._contexts = OpenContexts()
+        self._values = None if probes is None else Values(probes, self._run, call, self._contexts)
         self._varying: set[fx.Node] = set()  # nodes that depend on an input of the model
         self._guards: set[tuple[fx.Node, str, str]] = set()
 
-    def note(self, node: fx.Node) -> None:
-        """Note a node that was added."""
+    def note(self, node: fx.Node, entered: list[fx.Node]) -> None:
+        """Note a node that was added, and which nodes have entered the contexts that it is in."""
+        self._contexts.note(node, entered)
         if node.op == "placeholder" or not self._varying.isdisjoint(node.all_input_nodes):
             self._varying.add(node)
         if self._values is not None and node.target in RESHAPING:
@@ -51,7 +54,7 @@ class Questions:
             self._values.real.forget()
         self._guards = {guard for guard in self._guards if guard[0] not in nodes}
         if self._probes is not None and any(node.target in RESHAPING for node in nodes):
-            self._values = Values(self._probes, self._run, self._call)
+            self._values = Values(self._probes, self._run, self._call, self._contexts)
             self._values.keeps_order = True
 
     def values_of(self, node: fx.Node) -> list[Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import operator
 import sys
 import threading
@@ -23,7 +22,7 @@ from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.buffer_slots import BufferSlots
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import may_return_none
-from npas_fx.passes.contexts import write_enter, write_leave
+from npas_fx.passes.contexts import ambient_state, leave, write_enter
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.guards import describe
 from npas_fx.passes.leaves import hidden_modules, makes_own_weights, owns_nothing_shareable
@@ -32,6 +31,7 @@ from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.questions import UNKNOWN, Questions
+from npas_fx.passes.raising_branches import check_branch, find_raising_branch, is_with
 from npas_fx.passes.rebinding import names_set_by_calls
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
@@ -116,7 +116,7 @@ class Tracer(fx.Tracer):
         self.thread = threading.get_ident()
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
         self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
-        self._contexts: list[tuple[Any, fx.Node | None]] = []  # that the code is in
+        self._contexts: list[tuple[Any, fx.Node | None, FrameType | None]] = []  # of the code
         self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
@@ -133,7 +133,7 @@ class Tracer(fx.Tracer):
             for name, tensor in source
         }
         self.slots = BufferSlots(self, root)
-        self._state = _ambient_state()
+        self._state = ambient_state()
         self._asked = [set()]
         random = RandomState()
         try:
@@ -225,6 +225,8 @@ class Tracer(fx.Tracer):
         def call_root(root: nn.Module) -> Any:
             args, kwargs = self.signature.rebuild(proxies)
             result = root.forward(*args, **kwargs)
+            if self._contexts:
+                raise self.refusal("forward enters a context manager of torch's and stays in it")
             self._has_returned = True
             return result
 
@@ -429,49 +431,54 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
-        if not self._contexts_are_recorded() or self._state != _ambient_state():
+        if not self._contexts_are_recorded() or self._state != ambient_state():
             raise self.refusal(
                 "forward switches gradients or autocast around traced operations in a way that a "
-                "graph does not record (set_grad_enabled, inference_mode, autocast switched on); "
-                "do so around the call of the model, with torch.no_grad() or enable_grad(), or "
-                "inside a submodule without weights of its own"
+                "graph does not record (inference_mode, or without a `with`); do so around the "
+                "call of the model, with torch.no_grad(), enable_grad() or autocast, or inside a "
+                "submodule without weights of its own"
             )
         node = super().create_node(*args, **kwargs)
-        self.questions.note(node)
+        self.questions.note(node, [each for _, each, _ in self._contexts if each is not None])
         self.flags_before[node] = frozenset(self._asked[-1])
         return node
 
     def note_entered(self, context: Any) -> None:
         """Record that the code that is being traced has entered a context manager of torch's."""
         if self.is_tracing():
-            operation = write_enter(context)
+            operation = write_enter(context, self._state[0])
             node = None
             if operation is not None and self._contexts_are_recorded():
-                self._state = _ambient_state()
+                self._state = ambient_state()
                 enter, arguments = operation
                 node = self.create_node("call_function", enter, self.create_arg(arguments), {})
-            self._contexts.append((context, node))
+            frame = sys._getframe(2)
+            self._contexts.append((context, node, frame if is_with(frame) else None))
 
     def note_left(self, context: Any) -> None:
         """Record that it has left it."""
         if self.is_tracing() and self._contexts and self._contexts[-1][0] is context:
-            _, node = self._contexts.pop()
+            _, node, _ = self._contexts.pop()
             if node is not None:
-                self._state = _ambient_state()
-                self.create_node("call_function", write_leave(node), (node,), {})
+                self._state = ambient_state()
+                self.create_node("call_function", leave, (node,), {})
 
     def _contexts_are_recorded(self) -> bool:
-        return all(node is not None for _, node in self._contexts)
+        return all(node is not None for _, node, _ in self._contexts)
 
     def to_bool(self, obj: Any) -> bool:
-        """Answer a question of control flow: an ``assert`` becomes a node, others are refused."""
+        """Answer a question of control flow; where one way only raises, by the other one."""
         frame = sys._getframe(2)
-        if not _is_assert(frame) and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
+        branch = find_raising_branch(frame, [where for _, _, where in self._contexts])
+        is_assert = branch is not None and branch.kind == "AssertionError"
+        if not is_assert and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
             return bool(answer)
-        if _is_assert(frame):
-            where = f"assertion at {frame.f_code.co_filename}:{frame.f_lineno}"
-            self.create_proxy("call_function", torch._assert, (obj, where), {})
-            return True
+        if branch is not None:
+            found = f"{describe(obj.node)} is {branch.raises_if}"
+            what = f"{found}, for which the code of the model raises, at {branch.line}"
+            arguments = (obj, branch.raises_if, branch.kind, what)
+            self.create_proxy("call_function", check_branch, arguments, {})
+            return not branch.raises_if
         raise self.refusal(
             "forward branches on a value that depends on its inputs; give the model one way "
             "through, or put the branch into a module without weights of its own"
@@ -544,14 +551,6 @@ class Tracer(fx.Tracer):
         return self.create_node("call_function", kind, (super().create_arg(plain),), {})
 
 
-def _is_assert(frame: FrameType) -> bool:
-    """Whether the truth value that ``frame`` asks for decides an ``assert``."""
-    coming = [i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti]
-    jump = next((k for k, i in enumerate(coming) if "IF_TRUE" in i.opname), len(coming))
-    # CPython 3.12 and later have a TO_BOOL before the jump, 3.13 may have a cache entry in between.
-    return jump <= 1 and any("ASSERT" in f"{i.opname} {i.argrepr}" for i in coming[jump + 1 :][:2])
-
-
 def _leaves(value: Any) -> Iterator[Any]:
     """What is in a value of containers; these may be of types that cannot be made anew."""
     if isinstance(value, (list, tuple)):
@@ -565,8 +564,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for item in inside:
         yield from _leaves(item)
-
-
-def _ambient_state() -> tuple[Any, ...]:
-    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-_FINFO, _IINFO = torch.finfo, torch.iinfo  # while tracing, the names stand for patches
+# While tracing, the names stand for patches.
+_FINFO, _IINFO, _SIZE, _BROADCAST_SHAPES = (
+    *(torch.finfo, torch.iinfo, torch.Size, torch.broadcast_shapes),
+)
 _BUILTIN = (type(torch.add), type(Tensor.add), type(operator.add))
 _SEVERAL_OUTPUTS = (
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss),
@@ -59,7 +62,7 @@ def made_type(
         return Tensor
     if node.op == "call_method":
         if node.target == "size":
-            return torch.Size if len(node.args) + len(node.kwargs) == 1 else int
+            return _SIZE if len(node.args) + len(node.kwargs) == 1 else int
         return None if node.target in _UNKNOWN else _METHODS.get(str(node.target), Tensor)
     if node.target is getattr and node.args[1] in _ATTRIBUTES:
         return _ATTRIBUTES[str(node.args[1])]
@@ -78,8 +81,8 @@ def _module_type(module: nn.Module) -> type | None:
 
 def _function_type(target: Any, made: Sequence[type | None]) -> type | None:
     if target is operator.getitem:
-        if made[0] is torch.Size:
-            return torch.Size if made[1] is slice else int
+        if made[0] is _SIZE:
+            return _SIZE if made[1] is slice else int
         return made[0] if made[0] is Tensor else None
     module = getattr(target, "__module__", None) or ""
     if module == "_operator":
@@ -89,5 +92,7 @@ def _function_type(target: Any, made: Sequence[type | None]) -> type | None:
         return int if is_whole and set(made) == {int} else None
     if target in (_FINFO, _IINFO):
         return target  # type: ignore[no-any-return]
+    if target in (_SIZE, _BROADCAST_SHAPES):
+        return _SIZE
     is_torch = module.split(".")[0] == "torch" or isinstance(target, _BUILTIN)
     return Tensor if is_torch and target.__name__ not in _UNKNOWN else None

@@ -47,7 +47,7 @@ def snapshot(model):
                 torch.is_grad_enabled(),
                 torch.is_autocast_enabled("cpu"),
             ),
-            *(getattr(torch, name) for name in FACTORIES),
+            *(getattr(torch, name) for name in (*FACTORIES, "Size", "broadcast_shapes")),
         ),
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
     }

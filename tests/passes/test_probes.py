@@ -14,6 +14,7 @@ from torch import fx, nn
 
 import npas_fx
 from npas_fx.passes.capture import capture
+from npas_fx.passes.contexts import OpenContexts
 from npas_fx.passes.guards import describe
 from npas_fx.passes.probes import Probes, Values
 from two_layers import net, x
@@ -30,7 +31,7 @@ def probe(function, *inputs, model=None):
     names = [node.target for node in graph.nodes if node.op == "placeholder"]
     probes = Probes(model or nn.Module(), dict(zip(names, inputs, strict=True)))
     (output,) = (node for node in graph.nodes if node.op == "output")
-    values = Values(probes, lambda run: run(), lambda module, inputs: None)
+    values = Values(probes, lambda run: run(), lambda module, inputs: None, OpenContexts())
     return values.of(output.args[0]), output.args[0] in values.of_data
 
 
