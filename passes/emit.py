@@ -84,7 +84,7 @@ def emit(
         module = _keep_class(store, _make_forward(capture, sites_of, type(store), site_of, options))
     else:
         forward = _make_forward(capture, sites_of, type(store), site_of, options)
-        module = _new_module(type(store).__name__, forward)
+        module = _new_module(type(store), forward)
         _mirror(store, "", module, capture.leaves, frozenset(site_of), {})
     if isinstance(module, BanksAside):
         put_aside(module, prefix, live)
@@ -197,10 +197,9 @@ def _keep_class(store: nn.Module, forward: Callable[..., Any]) -> EmittedModule:
     return store
 
 
-def _new_module(name: str, forward: Callable[..., Any]) -> EmittedModule:
-    members = {"forward": forward, "__module__": __name__}
-    kind = type(f"Shared{name}", (EmittedModule,), members)
-    module: EmittedModule = kind()
+def _new_module(kind: type[nn.Module], forward: Callable[..., Any]) -> EmittedModule:
+    members = {"forward": forward, "__module__": __name__, "_version": kind._version}
+    module: EmittedModule = type(f"Shared{kind.__name__}", (EmittedModule,), members)()
     return module
 
 
@@ -234,5 +233,6 @@ def _mirror(
             target.add_module(name, child)
         else:
             container = nn.Module()
+            vars(container)["_version"] = child._version  # that state dicts tell to old code
             target.add_module(name, container)
             _mirror(child, prefix + name, container, leaves, generated, done)

@@ -56,6 +56,39 @@ def test_names_of_what_is_kept_and_of_the_banks():
     assert emitted.again is emitted.blocks.get_submodule("1")
 
 
+def test_state_dicts_tell_the_versions_of_the_users_classes():
+    class Head(nn.Module):
+        _version = 3
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, value):
+            return self.fc(value)
+
+        def _load_from_state_dict(self, state_dict, prefix, metadata, *others):
+            assert metadata["version"] == self._version  # else it would convert them
+            super()._load_from_state_dict(state_dict, prefix, metadata, *others)
+
+    class Model(Head):
+        _version = 2
+
+        def __init__(self):
+            super().__init__()
+            self.head = Head()
+
+        def forward(self, value):
+            return self.head(self.fc(value))
+
+    given = {"example_inputs": torch.zeros(2, 4), "solver": "greedy"}
+    shared, own = (
+        npas_fx.transform(Model(), 0.8, emit=way, **given) for way in ("graph", "module")
+    )
+    own.load_state_dict(shared.state_dict())
+    shared.load_state_dict(copy.deepcopy(shared).state_dict())
+
+
 def test_a_site_that_no_graph_reads_is_refused():
     model = Model()
     captured = capture(model, torch.randn(4, 8))
