@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -61,6 +62,18 @@ def buffer_slots(model: nn.Module) -> dict[str, Tensor | None]:
         for path, part in model.named_modules(remove_duplicate=False)
         for name, buffer in part._buffers.items()
     }
+
+
+def note_bindings(module: nn.Module) -> Callable[[], None]:
+    """Note what names of buffers are bound to; the function that is returned binds them again."""
+    noted = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+
+    def put_back() -> None:
+        for buffers, bound in noted:
+            buffers.clear()
+            buffers.update(bound)
+
+    return put_back
 
 
 def carry_buffers(source: nn.Module, target: nn.Module) -> None:
