@@ -28,7 +28,7 @@ from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.history import forgets_calls
 from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
-from npas_fx.passes.rebinding import REBINDS
+from npas_fx.passes.rebinding import REBINDS, note_bindings
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
@@ -590,7 +590,12 @@ def _run_node(node: fx.Node, root: nn.Module, read: Callable[[fx.Node], Any]) ->
         return operator.attrgetter(str(node.target))(root)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
     if node.op == "call_module":
-        return root.get_submodule(str(node.target))(*args, **kwargs)
+        module = root.get_submodule(str(node.target))
+        put_back = note_bindings(module)  # `root` serves further runs and traces
+        try:
+            return module(*args, **kwargs)
+        finally:
+            put_back()
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

@@ -81,6 +81,18 @@ def buffer_slots(model: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
+def note_bindings(module: nn.Module) -> Callable[[], None]:
+    """Note what names of buffers are bound to; the function that is returned binds them again."""
+    noted = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+
+    def put_back() -> None:
+        for buffers, bound in noted:
+            buffers.clear()
+            buffers.update(bound)
+
+    return put_back
+
+
 def carry_buffers(source: nn.Module, target: nn.Module) -> None:
     """Bind the buffers that calls may assign as they are bound in a module of the same tree.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import npas_fx
 from comparison import emit
+from npas_fx.passes.capture import capture
 from npas_fx.passes.emitted import emission_of
 from npas_fx.passes.rebinding import carry_buffers
 
@@ -115,6 +116,14 @@ class Around(nn.Module):
         return self.after(self.inner(self.before(x)))
 
 
+class Asks(Around):
+    """Asks for the shape of what the call gives, for which probes run it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(self.before(x))
+        return self.after(h if h.shape[2] == 8 else -h)
+
+
 KINDS = (Mean, Indices, Mask, Deleted, Emptied, ByName)
 
 
@@ -159,6 +168,15 @@ def test_every_call_is_as_that_of_the_model(kind, how, around):
     assert shared.state_dict().keys() >= plain.state_dict().keys() - {
         name for name, _ in plain.named_parameters()
     }
+
+
+@pytest.mark.parametrize("kind", [Indices, Mask])
+def test_what_a_probe_binds_is_not_there_in_the_other_mode(kind):
+    model = Asks(kind())
+    (mode,) = capture(model, x()).modes
+    assert mode.leaves.keys() == {"inner"}
+    shared = transformed(model)
+    assert_goes_on_like(shared, npas_fx.materialize(shared))
 
 
 @pytest.mark.parametrize("how", WAYS)
