@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from npas_fx.passes.guards import describe
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 from npas_fx.passes.questions import UNKNOWN
 
@@ -59,10 +60,18 @@ class CapturedProxy(fx.Proxy):
         made = None if name.startswith("__") else self.made_type(assume_tensor=False)
         if made is not None:
             if not hasattr(made, name):
+                self._guard_type()
                 raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
             if not callable(getattr(made, name)):
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        elif not name.startswith("__"):
+            self._refuse_if_some_lack(name)
         return CapturedAttribute(self, name)
+
+    def _refuse_if_some_lack(self, name: str) -> None:
+        values = self.tracer.questions.values_of(self.node) or ()
+        if _LEN({hasattr(value, name) for value in values}) > 1:
+            raise self.tracer.refusal(f"one of the examples has no {describe(self.node)}.{name}")
 
     def __len__(self) -> int:
         length = self.tracer.questions.ask(self, "len")
@@ -142,7 +151,12 @@ class CapturedProxy(fx.Proxy):
                 "forward asks for the type of a value that is not known while tracing; put the "
                 "question into a module without weights of its own"
             )
+        self._guard_type()
         return issubclass(made, kind)
+
+    def _guard_type(self) -> None:
+        if not self.tracer.is_known_type(self.node):
+            self.tracer.questions.ask(self, "type")
 
     def made_type(self, *, assume_tensor: bool = True) -> type | None:
         """Type of the value, as far as the operation that makes it tells; None if it does not.

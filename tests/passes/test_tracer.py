@@ -588,6 +588,54 @@ def test_inputs_are_of_the_types_in_the_example(check):
     check(net(forward), x())
 
 
+def default_for_none(self, batch):
+    y, bias = self.fc(batch["x"]), batch["bias"]
+    if bias is None:
+        y = y * 2
+    return nn.functional.linear(y, torch.eye(4), bias)
+
+
+def first_of_nested(self, batch):
+    x = batch["x"]
+    if isinstance(x, (list, tuple)):
+        x = x[0]
+    return self.fc(x)
+
+
+def shape_of_some(self, batch):
+    x = batch["x"]
+    return self.fc(x * 2 if hasattr(x, "shape") else x[0])
+
+
+X, BIAS = torch.ones(2, 4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("forward", "example", "other", "words"),
+    [
+        (default_for_none, {"x": X, "bias": None}, {"x": X, "bias": BIAS}, "is None.* = True"),
+        (default_for_none, {"x": X, "bias": BIAS}, {"x": X, "bias": None}, "is None.* = False"),
+        (first_of_nested, {"x": [X]}, {"x": X}, r"type.* = 'list', called with 'Tensor'"),
+        (first_of_nested, {"x": X}, {"x": [X]}, r"type.* = 'Tensor', called with 'list'"),
+        (shape_of_some, {"x": [X]}, {"x": X}, r"type.* = 'list', called with 'Tensor'"),
+    ],
+)
+def test_what_an_input_holds_is_of_the_kind_in_the_example(forward, example, other, words):
+    def make(model, *examples):
+        return npas_fx.transform(
+            model, 1.0, example_inputs=(example,), more_examples=[(each,) for each in examples]
+        )
+
+    model = net(forward)
+    model.fc = nn.Linear(4, 4)
+    shared = make(model)
+    assert torch.equal(shared(example), model(example))
+    with pytest.raises(npas_fx.GuardError, match=words):
+        shared(other)
+    both = make(model, other)
+    assert all(torch.equal(both(each), model(each)) for each in (example, other))
+
+
 def test_without_an_example_inputs_are_tensors(check):
     check(net(is_tensor_by_isinstance), x(), example=False)
 
