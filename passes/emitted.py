@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from npas_fx.errors import NPASError
 from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
+from npas_fx.passes.closures import deepcopy_with_closures
 
 _STATE = "_npas_fx"
 
@@ -88,7 +88,7 @@ class EmittedModule(nn.Module):
         """Copy all tensors; plan and graph are shared."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        vars(copied).update(deepcopy_with_closures(vars(self), self, memo))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
