@@ -76,8 +76,14 @@ class EmittedModule(nn.Module):
     def train(self, mode: bool = True) -> EmittedModule:
         """Set the mode as the model's own ``train`` would, which may keep parts frozen."""
         super().train(mode)
-        skeleton = emission_of(self).capture.skeleton
+        captured = emission_of(self).capture
+        skeleton = captured.skeleton
         skeleton.train(mode)
+        own = dict(self.named_parameters(remove_duplicate=False))
+        frozen = {item.name for item in captured.inventory.kept if not item.is_trainable}
+        for name, parameter in skeleton.named_parameters():
+            if name in own and parameter.requires_grad == (name in frozen):
+                own[name].requires_grad_(parameter.requires_grad)
         flags = {path: module.training for path, module in skeleton.named_modules()}
         for path, module in self.named_modules():
             if path in flags:

@@ -500,6 +500,8 @@ class Tracer(fx.Tracer):
             return self._create_container(a)
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, torch.Size):  # which fx would make a tuple
+            return self.create_node("call_function", torch.Size, (tuple(a),), {})
         if self._has_returned and is_plain_object(a):
             return self._create_object(a)
         if not isinstance(a, torch.Generator):  # a copy of one would draw other numbers
