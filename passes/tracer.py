@@ -457,6 +457,18 @@ class Tracer(fx.Tracer):
                 self._state = _ambient_state()
                 self.create_node("call_function", write_leave(node), (node,), {})
 
+    def refuse_question_of_mode(self, name: str, contexts: tuple[type, ...]) -> None:
+        """Refuse that code asks what its caller has switched; what it has itself is known.
+
+        Raises:
+            CaptureError: another call may be made in another mode.
+        """
+        if not any(issubclass(type(context), contexts) for context, _ in self._contexts):
+            raise self.refusal(
+                f"forward asks torch.{name}(), which depends on where it is called; put the "
+                "question into a module without weights of its own"
+            )
+
     def _contexts_are_recorded(self) -> bool:
         return all(node is not None for _, node in self._contexts)
 
