@@ -60,6 +60,7 @@ class CapturedProxy(fx.Proxy):
         made = None if name.startswith("__") else self.made_type(assume_tensor=False)
         if made is not None:
             if not hasattr(made, name):
+                self._refuse_if_some_have(name)
                 self._guard_type()
                 raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
             if not callable(getattr(made, name)):
@@ -68,10 +69,21 @@ class CapturedProxy(fx.Proxy):
             self._refuse_if_some_lack(name)
         return CapturedAttribute(self, name)
 
+    def _refuse_if_some_have(self, name: str) -> None:
+        """Refuse an attribute that the object has, and not its class: others may lack it."""
+        if True in self._have(name):
+            raise self.tracer.refusal(
+                f"forward reads {describe(self.node)}.{name}, which not all objects of its "
+                "class have"
+            )
+
     def _refuse_if_some_lack(self, name: str) -> None:
-        values = self.tracer.questions.values_of(self.node) or ()
-        if _LEN({hasattr(value, name) for value in values}) > 1:
+        if _LEN(self._have(name)) > 1:
             raise self.tracer.refusal(f"one of the examples has no {describe(self.node)}.{name}")
+
+    def _have(self, name: str) -> set[bool]:
+        values = self.tracer.questions.values_of(self.node) or ()
+        return {hasattr(value, name) for value in values}
 
     def __len__(self) -> int:
         length = self.tracer.questions.ask(self, "len")
