@@ -18,6 +18,7 @@ from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import emit as emit_module
 from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
 from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
+from npas_fx.passes.refuse_models import refuse_changes_by_train
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.planning import Profiler, make_plan, resolve_generators
 from npas_fx.rules import Pattern, Patterns, apply_rules
@@ -220,6 +221,8 @@ def _capture(
     options: EmitOptions,
 ) -> Capture:
     given = _refuse_emitted(model), example_inputs, example_kwargs, more_examples
+    if options.emit == "graph" and isinstance(model, nn.Module):
+        refuse_changes_by_train(model)
     return capture(*given, keeps_code=options.keeps_code)
 
 

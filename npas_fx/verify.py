@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from npas_fx.errors import CaptureError, VerificationError
 from npas_fx.passes.emitted import EmittedModule, emission_of
 from npas_fx.passes.examples import Example, read_examples
+from npas_fx.passes.opaque import without_checkpoints
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import copy_with
 
@@ -77,9 +79,19 @@ def verify(
     )
 
 
-def _recordable(value: Any) -> Any:
-    """Copy a tensor that was made in inference mode: autograd refuses it, but not its copy."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+def _copy_inputs(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the inputs of an example, which a model may change.
+
+    Autograd also takes the copy of a tensor that was made in inference mode, but not the tensor.
+    """
+    given = (example.args, dict(example.kwargs))
+    memo = {
+        id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for tensor in pytree.tree_leaves(given)
+        if isinstance(tensor, Tensor)
+    }
+    args, kwargs = copy.deepcopy(given, memo)
+    return args, kwargs
 
 
 def _compare(
@@ -90,18 +102,18 @@ def _compare(
     seed: int,
 ) -> Comparison:
     mode = "train" if is_training else "eval"
-    args = tuple(map(_recordable, example.args))
-    kwargs = {name: _recordable(value) for name, value in example.kwargs.items()}
 
     def run_original(noise: float) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
         owner = _copy_with_noise(shared, noise, seed)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args, kwargs = _copy_inputs(example)
 
         def call() -> Any:
             tensors = {**all_weights(owner, generate(owner)), **buffers}
             skeleton = emission_of(owner).capture.skeleton
             reference = copy_with(skeleton, lambda name, _: tensors[name]).train(is_training)
-            output = reference(*args, **kwargs)
+            with without_checkpoints():  # which would go through the banks more than once
+                output = reference(*args, **kwargs)
             # The call may have bound a name to another tensor.
             buffers.clear()
             buffers.update(reference.named_buffers(remove_duplicate=False))
@@ -121,6 +133,7 @@ def _compare(
         noise = 0.0
         *expected, buffers = run_original(noise)
     emitted = _copy_with_noise(shared, noise, seed).train(is_training)
+    args, kwargs = _copy_inputs(example)
     output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed)
     owned = dict(emitted.named_buffers(remove_duplicate=False))
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -181,7 +194,6 @@ def all_weights(shared: EmittedModule, generated: Mapping[str, Tensor]) -> dict[
 
 def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dict[str, Tensor]]:
     """Output, and gradients of all trainable parameters of the owner."""
-    parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
         random_state = RandomState()
         torch.manual_seed(seed)
@@ -191,9 +203,10 @@ def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dic
             random_state.put_back()
         total = sum(
             ((leaf.float() if leaf.dtype.itemsize < 4 else leaf) * _weight(leaf)).sum()
-            for _, leaf in _leaves(output)
-            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+            for leaf in (_real(leaf) for _, leaf in _leaves(output) if isinstance(leaf, Tensor))
+            if leaf.requires_grad and leaf.is_floating_point()
         )
+        parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if isinstance(total, Tensor) and parameters:
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
@@ -201,6 +214,10 @@ def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dic
         name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
     }
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _weight(output: Tensor) -> Tensor:
@@ -255,7 +272,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _compare_tensors(what: str, got: Tensor, expected: Tensor, kind: int, floor: float) -> float:
-    got, expected = got.detach(), expected.detach()
+    got, expected = _real(got.detach()), _real(expected.detach())
     if not expected.is_floating_point():
         if not torch.equal(got, expected):
             raise VerificationError(f"{what} differs from the original's")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from npas_fx.errors import NPASError
 from npas_fx.ir import Plan
 from npas_fx.passes.capture import Capture
+from npas_fx.passes.closures import deepcopy_with_closures
 
 _STATE = "_npas_fx"
 
@@ -76,8 +76,14 @@ class EmittedModule(nn.Module):
     def train(self, mode: bool = True) -> EmittedModule:
         """Set the mode as the model's own ``train`` would, which may keep parts frozen."""
         super().train(mode)
-        skeleton = emission_of(self).capture.skeleton
+        captured = emission_of(self).capture
+        skeleton = captured.skeleton
         skeleton.train(mode)
+        own = dict(self.named_parameters(remove_duplicate=False))
+        frozen = {item.name for item in captured.inventory.kept if not item.is_trainable}
+        for name, parameter in skeleton.named_parameters():
+            if name in own and parameter.requires_grad == (name in frozen):
+                own[name].requires_grad_(parameter.requires_grad)
         flags = {path: module.training for path, module in skeleton.named_modules()}
         for path, module in self.named_modules():
             if path in flags:
@@ -88,7 +94,7 @@ class EmittedModule(nn.Module):
         """Copy all tensors; plan and graph are shared."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        vars(copied).update(deepcopy_with_closures(vars(self), self, memo))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -26,6 +26,7 @@ QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
     "len": len,
     "str": str,
     "is None": lambda value: value is None,
+    "type": lambda value: "Tensor" if isinstance(value, Tensor) else type(value).__qualname__,
     "value": lambda value: value,
 }
 

@@ -35,6 +35,14 @@ _CONTEXTS = (
     torch.autocast,
 )
 
+# What these say is up to the caller, unless the model's own code has switched it.
+MODES = {
+    "is_grad_enabled": _CONTEXTS[:4],
+    "is_inference_mode_enabled": (torch.inference_mode,),
+    "is_autocast_enabled": (torch.autocast,),
+    "is_autocast_cpu_enabled": (torch.autocast,),
+}
+
 _LOCK = threading.Lock()
 _plain_isinstance = builtins.isinstance
 _plain_len = builtins.len
@@ -63,6 +71,8 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
         yield torch, name, _recorded(tracer, getattr(torch, name))
     for name in ("finfo", "iinfo", "broadcast_shapes"):
         yield torch, name, _recorded_if_traced(tracer, getattr(torch, name))
+    for name, contexts in MODES.items():
+        yield torch, name, _asked_by_user(tracer, name, contexts)
     yield torch, "Size", _Size
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
@@ -96,6 +106,18 @@ def _recorded_if_traced(tracer: Tracer, kind: Callable[..., Any]) -> Callable[..
         return kind(*args)
 
     return record
+
+
+def _asked_by_user(tracer: Tracer, name: str, contexts: tuple[type, ...]) -> Callable[..., Any]:
+    ask = getattr(torch, name)
+
+    def answer(*args: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
+        if caller not in ("torch", "npas_fx") and tracer.is_tracing():
+            tracer.refuse_question_of_mode(name, contexts)
+        return ask(*args)
+
+    return answer
 
 
 def _isinstance(value: Any, kind: Any) -> bool:

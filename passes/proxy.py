@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from npas_fx.passes.guards import describe
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 from npas_fx.passes.questions import UNKNOWN
 
@@ -59,10 +60,30 @@ class CapturedProxy(fx.Proxy):
         made = None if name.startswith("__") else self.made_type(assume_tensor=False)
         if made is not None:
             if not hasattr(made, name):
+                self._refuse_if_some_have(name)
+                self._guard_type()
                 raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
             if not callable(getattr(made, name)):
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        elif not name.startswith("__"):
+            self._refuse_if_some_lack(name)
         return CapturedAttribute(self, name)
+
+    def _refuse_if_some_have(self, name: str) -> None:
+        """Refuse an attribute that the object has, and not its class: others may lack it."""
+        if True in self._have(name):
+            raise self.tracer.refusal(
+                f"forward reads {describe(self.node)}.{name}, which not all objects of its "
+                "class have"
+            )
+
+    def _refuse_if_some_lack(self, name: str) -> None:
+        if _LEN(self._have(name)) > 1:
+            raise self.tracer.refusal(f"one of the examples has no {describe(self.node)}.{name}")
+
+    def _have(self, name: str) -> set[bool]:
+        values = self.tracer.questions.values_of(self.node) or ()
+        return {hasattr(value, name) for value in values}
 
     def __len__(self) -> int:
         length = self.tracer.questions.ask(self, "len")
@@ -138,7 +159,12 @@ class CapturedProxy(fx.Proxy):
                 "forward asks for the type of a value that is not known while tracing; put the "
                 "question into a module without weights of its own"
             )
+        self._guard_type()
         return issubclass(made, kind)
+
+    def _guard_type(self) -> None:
+        if not self.tracer.is_known_type(self.node):
+            self.tracer.questions.ask(self, "type")
 
     def made_type(self, *, assume_tensor: bool = True) -> type | None:
         """Type of the value, as far as the operation that makes it tells; None if it does not.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 UNKNOWN: Any = object()
 # What is asked of a value that depends on data, and yet does not.
-_OF_STRUCTURE = ("is None", "len")
+_OF_STRUCTURE = ("is None", "len", "type")
+_DESCRIBED = {"len": "len({})", "is None": "({} is None)", "type": "type({})"}
 _ANSWERS = (bool, int, float, str, tuple, torch.dtype, torch.device, torch.layout, type(None))
 
 
@@ -106,7 +107,7 @@ class Questions:
         may_vary = is_of_data or node in self._varying or self._is_of_fixed(node)
         if may_vary and guard not in self._guards:
             self._guards.add(guard)
-            what = f"len({describe(node)})" if question == "len" else describe(node)
+            what = _DESCRIBED.get(question, "{}").format(describe(node))
             args = (proxy, question, first, what, user_line())
             proxy.tracer.create_proxy("call_function", check_guard, args, {})
         return first

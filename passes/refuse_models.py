@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from npas_fx.errors import CaptureError
 from npas_fx.passes.op_rules.rule import own_hooks
-from npas_fx.passes.skeleton import named_tensors
+from npas_fx.passes.skeleton import clone, copy_with, named_tensors
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -49,9 +49,35 @@ def refuse_models(model: object) -> None:
         )
 
 
+def refuse_changes_by_train(model: nn.Module) -> None:
+    """Refuse, for a graph, a model whose own ``train`` changes tensors, to merge weights say.
+
+    Raises:
+        CaptureError: which tensor, and what to do.
+    """
+    has_own = any(type(module).train is not nn.Module.train for module in model.modules())
+    if not has_own or any(tensor.is_meta for _, tensor in named_tensors(model)):
+        return
+    copied = copy_with(model, lambda _, tensor: clone(tensor))
+    for is_training in (model.training, not model.training, model.training):
+        copied.train(is_training)
+        now = dict(named_tensors(copied))
+        for name, tensor in named_tensors(model):
+            if not torch.equal(now[name].nan_to_num(), tensor.nan_to_num()):
+                raise CaptureError(
+                    f"train({is_training}) changes the values of {name}, which a graph does not "
+                    'record; use emit="module", or a model that changes them elsewhere'
+                )
+
+
 def _refuse_closures(model: nn.Module) -> None:
     modules = set(model.modules())
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path!r} is TorchScript, whose weights cannot be replaced; build it without "
+                "torch.jit"
+            )
         own = vars(module).get("forward")
         if own is not None and not (isinstance(own, MethodType) and own.__self__ in modules):
             raise CaptureError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from npas_fx.errors import CaptureError
+from npas_fx.passes.closures import deepcopy_with_closures
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -43,7 +43,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
                 # A result kept on the module; deepcopy refuses tensors that are part of a graph.
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        return deepcopy_with_closures(model, model, memo)
     except Exception as err:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}); keep locks, "

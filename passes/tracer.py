@@ -37,7 +37,7 @@ from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
 from npas_fx.passes.tried_numbers import TriedNumbers
-from npas_fx.passes.value_types import made_type
+from npas_fx.passes.value_types import MadeTypes
 
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
 
@@ -112,6 +112,10 @@ class Tracer(fx.Tracer):
         self.asked_training: set[str] = set()
         self.flags_before: dict[fx.Node, frozenset[str]] = {}
         self.assumed_tensors: set[str] = set()
+        self._types = {  # whether an input that no example tells about is taken for a tensor
+            False: MadeTypes(lambda: self.root, self._input_type),
+            True: MadeTypes(lambda: self.root, self._assumed_type),
+        }
         self.names: dict[int, str] = {}
         self.thread = threading.get_ident()
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
@@ -204,15 +208,20 @@ class Tracer(fx.Tracer):
             return types.pop() if len(types) == 1 else None
         return static or self._static_type(node, assume_tensor)
 
+    def is_known_type(self, node: fx.Node) -> bool:
+        """Whether the operation that makes a value, or the check of the inputs, tells its type."""
+        return self._static_type(node, assume_tensor=True) is not None
+
     def _static_type(self, node: fx.Node, assume_tensor: bool) -> type | None:
+        return self._types[assume_tensor].of(node)
 
-        def input_type(argument: str) -> type | None:
-            if assume_tensor and argument not in self.signature.types:
-                self.assumed_tensors.add(argument)
-                return Tensor
-            return self.signature.types.get(argument)
+    def _input_type(self, argument: str) -> type | None:
+        return self.signature.types.get(argument)
 
-        return made_type(node, self.root, input_type)
+    def _assumed_type(self, argument: str) -> type:
+        if argument not in self.signature.types:
+            self.assumed_tensors.add(argument)
+        return self.signature.types.get(argument, Tensor)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -390,12 +399,13 @@ class Tracer(fx.Tracer):
             values = self.questions.values_of(node)
             if values is None or self.questions.depends_on_data(node):
                 self._refuse_unknown(node)
-            if values is not None and any(value is None for value in values):
-                if self.questions.ask(proxy, "is None") is UNKNOWN:
-                    raise self.refusal(
-                        "whether a value is None depends on the number of rows, or on the example"
-                    )
+            is_none = self.questions.ask(proxy, "is None")
+            if is_none is True:
                 return None
+            if is_none is UNKNOWN and values is not None and any(v is None for v in values):
+                raise self.refusal(
+                    "whether a value is None depends on the number of rows, or on the example"
+                )
         return proxy
 
     def _refuse_unknown(self, node: fx.Node) -> None:
@@ -412,7 +422,10 @@ class Tracer(fx.Tracer):
             raise self.refusal(f"one of the examples has no {describe(node)}")
 
     def _may_be_none(self, node: fx.Node) -> bool:
-        """Whether a value could be None: a result of a module or a part of it, or of an input."""
+        """Whether a value could be None: a result of a module or a part of it, or of an input.
+
+        A part is also what a method gives of it, such as ``get`` of a dict.
+        """
         if self._static_type(node, assume_tensor=False) not in (None, type(None)):
             return False
         if node.op == "call_module":
@@ -422,8 +435,10 @@ class Tracer(fx.Tracer):
                 return False
             return may_return_none(module, node.args, node.kwargs)
         source = node
-        while source.op == "call_function" and source.target in (operator.getitem, getattr):
+        while _takes_part(source) and source.all_input_nodes:
             source = source.all_input_nodes[0]
+            if self.made_type(source, assume_tensor=False) is Tensor:
+                return False
         if isinstance(source.target, ApplyFunction):
             return True
         is_given = source.op in ("call_module", "placeholder")
@@ -462,6 +477,18 @@ class Tracer(fx.Tracer):
             if node is not None:
                 self._state = ambient_state()
                 self.create_node("call_function", leave, (node,), {})
+
+    def refuse_question_of_mode(self, name: str, contexts: tuple[type, ...]) -> None:
+        """Refuse that code asks what its caller has switched; what it has itself is known.
+
+        Raises:
+            CaptureError: another call may be made in another mode.
+        """
+        if not any(issubclass(type(context), contexts) for context, _, _ in self._contexts):
+            raise self.refusal(
+                f"forward asks torch.{name}(), which depends on where it is called; put the "
+                "question into a module without weights of its own"
+            )
 
     def _contexts_are_recorded(self) -> bool:
         return all(node is not None for _, node, _ in self._contexts)
@@ -514,6 +541,8 @@ class Tracer(fx.Tracer):
             raise self.refusal(
                 "forward reads a buffer from a list or alike, and may bind its name to another one"
             )
+        if isinstance(a, torch.Size):  # which fx would make a tuple
+            return self.create_node("call_function", type(a), (tuple(a),), {})
         if self._has_returned and is_plain_object(a):
             return self._create_object(a)
         if not isinstance(a, torch.Generator):  # a copy of one would draw other numbers
@@ -549,6 +578,11 @@ class Tracer(fx.Tracer):
             )
         plain = dict(a) if isinstance(a, dict) else list(a)
         return self.create_node("call_function", kind, (super().create_arg(plain),), {})
+
+
+def _takes_part(node: fx.Node) -> bool:
+    is_read = node.op == "call_function" and node.target in (operator.getitem, getattr)
+    return is_read or node.op == "call_method"
 
 
 def _leaves(value: Any) -> Iterator[Any]:

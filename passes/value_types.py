@@ -37,39 +37,69 @@ _UNKNOWN = frozenset(
 )
 
 
-def made_type(
-    node: fx.Node, root: nn.Module, input_type: Callable[[str], type | None]
-) -> type | None:
-    """Type of the value that a node makes; None where its operation does not tell.
+class MadeTypes:
+    """Types of the values of one trace, each found once.
 
     Args:
-        node: of a graph that is being traced.
-        root: owns the modules that the graph calls.
+        root: gives the module that owns the modules which the graph calls.
         input_type: name of an input of the model -> its type, None if it is not known.
     """
 
-    def made_by(value: Any) -> type | None:
-        return made_type(value, root, input_type) if isinstance(value, fx.Node) else type(value)
+    def __init__(
+        self, root: Callable[[], nn.Module], input_type: Callable[[str], type | None]
+    ) -> None:
+        self._root = root
+        self._input_type = input_type
+        self._known: dict[fx.Node, type | None] = {}
 
-    if node.op == "placeholder":
-        return input_type(str(node.target))
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if isinstance(module, nn.Identity) and node.args:
-            return made_by(node.args[0])
-        return _module_type(module)
-    if node.op == "get_attr":
-        return Tensor
-    if node.op == "call_method":
-        if node.target == "size":
-            return _SIZE if len(node.args) + len(node.kwargs) == 1 else int
-        return None if node.target in _UNKNOWN else _METHODS.get(str(node.target), Tensor)
-    if node.target is getattr and node.args[1] in _ATTRIBUTES:
-        return _ATTRIBUTES[str(node.args[1])]
-    made = [made_by(arg) for arg in node.args]
-    if node.target is getattr:
-        return Tensor if made[0] is Tensor else None
-    return _function_type(node.target, made)
+    def of(self, node: fx.Node) -> type | None:
+        """Type of the value that a node makes; None where its operation does not tell."""
+        waiting = [node]  # no recursion: a loop in the model may make a long chain
+        while waiting:
+            each = waiting[-1]
+            told_by = self._told_by(each)
+            missing = [s for s in told_by if isinstance(s, fx.Node) and s not in self._known]
+            if missing:
+                waiting += missing
+            else:
+                made = [self._known[s] if isinstance(s, fx.Node) else type(s) for s in told_by]
+                self._known[waiting.pop()] = self._made(each, made)
+        return self._known[node]
+
+    def _told_by(self, node: fx.Node) -> Sequence[Any]:
+        """The arguments whose types tell that of the value."""
+        if node.op == "call_module":
+            is_identity = isinstance(self._module_of(node), nn.Identity)
+            return node.args[:1] if is_identity else ()
+        if node.op == "call_method":
+            return node.args[:1]
+        is_told = node.target is getattr and node.args[1] in _ATTRIBUTES
+        return () if is_told or node.op != "call_function" else node.args
+
+    def _module_of(self, node: fx.Node) -> nn.Module:
+        return self._root().get_submodule(str(node.target))
+
+    def _made(self, node: fx.Node, made: Sequence[type | None]) -> type | None:
+        if node.op == "placeholder":
+            return self._input_type(str(node.target))
+        if node.op == "call_module":
+            return made[0] if made else _module_type(self._module_of(node))
+        if node.op == "get_attr":
+            return Tensor
+        if node.op == "call_method":
+            return _method_type(node, made[0])
+        if node.target is getattr:
+            known = _ATTRIBUTES.get(str(node.args[1]))
+            return known or (Tensor if made[0] is Tensor else None)
+        return _function_type(node.target, made)
+
+
+def _method_type(node: fx.Node, owner: type | None) -> type | None:
+    if node.target == "size":
+        return _SIZE if len(node.args) + len(node.kwargs) == 1 else int
+    if node.target in _METHODS:
+        return _METHODS[str(node.target)]
+    return Tensor if owner is Tensor and node.target not in _UNKNOWN else None
 
 
 def _module_type(module: nn.Module) -> type | None:

@@ -6,6 +6,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+import torch.utils.checkpoint
 from torch import fx, nn
 
 import npas_fx
@@ -235,3 +236,79 @@ def test_a_parameter_that_must_not_be_moved_is_not():
     verify(emit(model), model, x())
     with pytest.raises(VerificationError):
         verify(emit(model, replace_relu), model, x())
+
+
+class ChangesInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, extra):
+        x.mul_(2)
+        return self.fc(x) + extra.pop("bias")
+
+
+def test_a_model_that_changes_its_inputs_is_run_on_copies():
+    inputs, extra = x(), {"bias": torch.ones(6, requires_grad=True)}
+    before = inputs.clone()
+    for emit in ("graph", "module"):
+        npas_fx.transform(ChangesInputs(), 1.0, example_inputs=(inputs, extra), emit=emit)
+    assert torch.equal(inputs, before)
+    assert list(extra) == ["bias"]
+    assert extra["bias"].grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_may_be_reentrant(reentrant):
+    class Checkpointed(Model):
+        def forward(self, x):
+            y = torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=reentrant)
+            return self.b(y.relu())
+
+    npas_fx.transform(Checkpointed(), 0.6, example_inputs=x().requires_grad_())
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(6, 6, dtype=torch.cfloat)) for _ in range(2))
+
+    def forward(self, x):
+        return x.to(torch.cfloat) @ self.a @ self.b.conj()
+
+
+def test_complex_outputs_are_compared():
+    shared = npas_fx.transform(Complex(), 1.0, example_inputs=x())
+    assert max(each.gradients for each in verify(shared, Complex(), x())) < 1e-3
+
+    def scale(graph):
+        find(graph, "conj").target = "positive"
+
+    with pytest.raises(VerificationError, match="outputs"):
+        verify(emit(Complex(), scale, 1.0), Complex(), x())
+
+
+class Freezes(nn.Module):
+    """Freezes its norm whenever its mode is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval().weight.requires_grad_(False)
+        return self
+
+    def forward(self, x):
+        return self.norm(self.fc(x))
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_what_train_freezes_is_frozen(emit):
+    shared = npas_fx.transform(Freezes(), 1.0, example_inputs=x(), emit=emit)
+    assert shared.norm.weight.requires_grad
+    copied = copy.deepcopy(shared)
+    for each in (shared, copied):
+        assert not each.train().norm.weight.requires_grad
+        assert each.norm.bias.requires_grad

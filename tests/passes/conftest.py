@@ -12,7 +12,7 @@ from torch import nn
 import npas_fx
 from comparison import assert_same, emit
 from npas_fx.passes.capture import capture
-from npas_fx.passes.patches import FACTORIES
+from npas_fx.passes.patches import FACTORIES, MODES
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def snapshot(model):
                 torch.is_grad_enabled(),
                 torch.is_autocast_enabled("cpu"),
             ),
-            *(getattr(torch, name) for name in (*FACTORIES, "Size", "broadcast_shapes")),
+            *(getattr(torch, name) for name in (*FACTORIES, *MODES, "Size", "broadcast_shapes")),
         ),
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
     }

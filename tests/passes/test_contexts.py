@@ -487,3 +487,40 @@ def test_copies_and_saved_ones_switch_too(tmp_path):
         for mine, theirs in zip(again(value), emitted(value), strict=True):
             assert torch.equal(mine, theirs)
             assert mine.dtype == theirs.dtype
+
+
+def asks_grad(self, value):
+    y = self.b(self.a(value))
+    return y * 2 if torch.is_grad_enabled() else y
+
+
+def asks_autocast(self, value):
+    y = self.b(self.a(value))
+    return y * 2 if torch.is_autocast_enabled("cpu") else y
+
+
+def asks_inference_mode(self, value):
+    y = self.b(self.a(value))
+    return y * 2 if torch.is_inference_mode_enabled() else y
+
+
+@pytest.mark.parametrize("forward", [asks_grad, asks_autocast, asks_inference_mode])
+def test_what_the_caller_has_switched_is_not_fixed(forward, falls_back):
+    model = net(forward)
+    emitted = falls_back(model, x(), match=r"asks torch\.is_")
+    plain = npas_fx.materialize(emitted)
+    for context in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")):
+        with context():
+            assert torch.equal(emitted(x().fill_(0.5)), plain(x().fill_(0.5)))
+
+
+def asks_its_own(self, value):
+    with torch.no_grad():
+        y = self.a(value) * (2 if torch.is_grad_enabled() else 3)
+    with torch.autocast("cpu", enabled=False):
+        return self.b(y) * (2 if torch.is_autocast_enabled("cpu") else 3)
+
+
+def test_what_the_code_has_switched_itself_is_known(check):
+    assert not capture(net(asks_its_own), x()).leaves.keys() & {""}
+    check(net(asks_its_own), x())

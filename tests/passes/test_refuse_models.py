@@ -66,3 +66,34 @@ def test_instance_level_forward(check, refuses):
     outer = model.forward
     model.forward = lambda x: outer(x) * 2
     refuses(model, x(), match="'Model' has a forward of its own")
+
+
+class Merges(nn.Module):
+    """Adds its low-rank part to the weight in eval mode, as loralib does."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.rand(2, 8)), nn.Parameter(torch.rand(8, 2))
+        self.is_merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.is_merged:
+            self.base.weight.data += (-1 if mode else 1) * self.b @ self.a
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x):
+        y = self.base(x)
+        return y if self.is_merged else y + x @ self.a.t() @ self.b.t()
+
+
+def test_weights_that_train_merges_need_the_models_own_code():
+    model, inputs = Merges(), torch.rand(3, 8)
+    with pytest.raises(npas_fx.CaptureError, match=r"train\(False\) changes .* base\.weight"):
+        npas_fx.transform(model, 1.0, example_inputs=inputs)
+    shared = npas_fx.transform(model, 1.0, example_inputs=inputs, emit="module")
+    expected = model(inputs)
+    for is_training in (True, False, True):
+        torch.testing.assert_close(shared.train(is_training)(inputs), expected)

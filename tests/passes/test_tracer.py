@@ -5,6 +5,7 @@ import dataclasses
 import math
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -198,6 +199,10 @@ def list_of_parameters(self, x):
     return self.b(F.linear(self.run(x), self.hidden[0]))
 
 
+def output_size(self, x):
+    return self.run(x).reshape(torch.Size([-1, 2])), self.a.weight.shape, x.shape
+
+
 def infinities(self, x):
     y = self.run(x)
     return (
@@ -213,7 +218,7 @@ RIGHT = [
     *(modules_made_in_forward, tensor_from_numbers, module_constant, attribute_constant),
     *(attribute_changed_in_place, write_only_state, number_cached_at_first_call),
     *(device_of_parameters, norm_of_parameters, asks_for_attributes, output_named_tuple),
-    *(output_ordered_dict, output_own_dict, output_dataclass, infinities),
+    *(output_ordered_dict, output_own_dict, output_dataclass, output_size, infinities),
 ]
 
 
@@ -611,6 +616,68 @@ def test_inputs_are_of_the_types_in_the_example(check):
 
     check(net(forward), [x(), x()], kwargs={"extra": {"y": torch.randn(4)}})
     check(net(forward), x())
+
+
+def default_for_none(self, batch):
+    y, bias = self.fc(batch["x"]), batch["bias"]
+    if bias is None:
+        y = y * 2
+    return nn.functional.linear(y, torch.eye(4), bias)
+
+
+def first_of_nested(self, batch):
+    x = batch["x"]
+    if isinstance(x, (list, tuple)):
+        x = x[0]
+    return self.fc(x)
+
+
+def shape_of_some(self, batch):
+    x = batch["x"]
+    return self.fc(x * 2 if hasattr(x, "shape") else x[0])
+
+
+X, BIAS = torch.ones(2, 4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("forward", "example", "other", "words"),
+    [
+        (default_for_none, {"x": X, "bias": None}, {"x": X, "bias": BIAS}, "is None.* = True"),
+        (default_for_none, {"x": X, "bias": BIAS}, {"x": X, "bias": None}, "is None.* = False"),
+        (first_of_nested, {"x": [X]}, {"x": X}, r"type.* = 'list', called with 'Tensor'"),
+        (first_of_nested, {"x": X}, {"x": [X]}, r"type.* = 'Tensor', called with 'list'"),
+        (shape_of_some, {"x": [X]}, {"x": X}, r"type.* = 'list', called with 'Tensor'"),
+    ],
+)
+def test_what_an_input_holds_is_of_the_kind_in_the_example(forward, example, other, words):
+    def make(model, *examples):
+        return npas_fx.transform(
+            model, 1.0, example_inputs=(example,), more_examples=[(each,) for each in examples]
+        )
+
+    model = net(forward)
+    model.fc = nn.Linear(4, 4)
+    shared = make(model)
+    assert torch.equal(shared(example), model(example))
+    with pytest.raises(npas_fx.GuardError, match=words):
+        shared(other)
+    both = make(model, other)
+    assert all(torch.equal(both(each), model(each)) for each in (example, other))
+
+
+def test_an_attribute_that_only_some_objects_have_is_asked_at_each_call():
+    def forward(self, batch):
+        y = self.run(batch.x)
+        return y * batch.scale if hasattr(batch, "scale") else y
+
+    batch = types.SimpleNamespace(x=x(), scale=3.0)
+    model = net(forward)
+    assert "not all objects of its class have" in capture(model, batch).leaves[""]
+    emitted = npas_fx.transform(model, 1.0, example_inputs=batch)
+    plain, other = npas_fx.materialize(emitted), types.SimpleNamespace(x=x())
+    assert torch.equal(emitted(batch), plain(batch))
+    assert torch.equal(emitted(other), plain(other))
 
 
 def test_without_an_example_inputs_are_tensors(check):
