@@ -320,8 +320,8 @@ def rebinds_to_another_shape(self, x):
 
 
 def rebinds_to_what_depends_on_data(self, x):
-    self.count = self.count + x[x > 0].sum()
-    return self.run(x) * self.count
+    self.count = x[x > 0]
+    return self.run(x) * self.count.sum()
 
 
 def sets_a_buffer_to_none(self, x):
