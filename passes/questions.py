@@ -72,6 +72,10 @@ class Questions:
             return False
         return self._values.fixed_of(node) is not None
 
+    def may_vary(self, node: fx.Node) -> bool:
+        """Whether another call may have another value here."""
+        return node in self._varying or self.depends_on_data(node)
+
     def _is_of_fixed(self, node: fx.Node) -> bool:
         return self._values is not None and node in self._values.of_fixed
 

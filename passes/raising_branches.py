@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import builtins
 import dis
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from types import CodeType, FrameType
 from typing import Any
 
@@ -19,6 +20,11 @@ _RAISES = ("RAISE_VARARGS", "RERAISE")
 _LEAVES = ("RETURN", "YIELD", "SEND")
 _ASKS_MANAGER = "WITH_EXCEPT_START"  # in the handler of a `with`: a jump behind it swallows
 _JUMPS = frozenset([*dis.hasjrel, *dis.hasjabs])
+# What may stand between conditions that have to hold together: it changes nothing.
+_ONLY_READS = (
+    *("LOAD_FAST", "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"),
+    *("LOAD_ATTR", "COMPARE_OP", "IS_OP", "TO_BOOL", "NOP", "NOT_TAKEN", "CACHE", "EXTENDED_ARG"),
+)
 # Python itself may catch these around code of a model: in `hasattr`, or in a loop.
 _CAUGHT_BY_PYTHON = (AttributeError, IndexError, StopIteration, StopAsyncIteration)
 
@@ -29,26 +35,65 @@ class RaisingBranch:
 
     Attributes:
         raises_if: the truth value for which it does.
+        leads_on: whether further conditions have to hold as well.
         kind: name of the builtin exception that comes nearest to what it raises.
         line: file and line of the question.
+        frame: what asks.
+        place: offset of the question, and of where code goes on if it does not raise.
     """
 
     raises_if: bool
+    leads_on: bool
     kind: str
     line: str
+    frame: FrameType
+    place: tuple[int, int]
 
 
-def check_branch(value: Any, raises_if: bool, kind: str, what: str) -> None:
+class Conditions:
+    """Conditions that have to hold together for code to raise, as far as it has asked."""
+
+    def __init__(self) -> None:
+        self._branch: RaisingBranch | None = None  # of the last question
+        self._held: list[tuple[Any, bool]] = []
+
+    def add(self, branch: RaisingBranch, value: Any) -> list[tuple[Any, bool]]:
+        """Add what was asked now; gives each value, and the truth value to raise for."""
+        before, self._branch = self._branch, branch
+        if before is None or not _goes_on(before, branch):
+            self._held = []
+        self._held.append((value, branch.raises_if))
+        return self._held
+
+
+def _goes_on(before: RaisingBranch, branch: RaisingBranch) -> bool:
+    """Whether a question belongs to the same `if` as the one before it."""
+    (asked, away), (asked_before, away_before) = branch.place, before.place
+    is_behind = branch.frame is before.frame and asked > asked_before
+    return before.leads_on and is_behind and away == away_before
+
+
+def check_branch(conditions: Sequence[tuple[Any, bool]], kind: str, what: str) -> None:
     """Raise for what the code of the model raises for.
+
+    Args:
+        conditions: values, and the truth value that all of them have together if it raises.
+        kind: name of the builtin exception.
+        what: the text of it.
 
     Raises:
         Exception: of that kind.
     """
-    if isinstance(value, Tensor) and torch.compiler.is_compiling():
-        # Asked in Python, data would break the graph; the model's own code may not, in an assert.
-        torch._assert_async(value.bool() != raises_if, what)
-    elif QUESTIONS["bool"](value) is raises_if:
+    of_data = []
+    for value, raises_if in conditions:
+        if isinstance(value, Tensor) and torch.compiler.is_compiling():
+            # Asked in Python it would break the graph; the model's own code may not, in an assert.
+            of_data.append(value.bool().reshape(()) == raises_if)
+        elif QUESTIONS["bool"](value) is not raises_if:
+            return
+    if not of_data:
         raise getattr(builtins, kind)(what)
+    torch._assert_async(reduce(torch.logical_and, of_data).logical_not(), what)
 
 
 def find_raising_branch(
@@ -56,8 +101,9 @@ def find_raising_branch(
 ) -> RaisingBranch | None:
     """Find out whether one answer to the question that ``frame`` asks makes the model raise.
 
-    None where that cannot be proved: the truth value is not asked by a jump, neither way or both
-    can only raise, or some code up to the root of the model may catch what is raised.
+    Further conditions may have to hold as well, as in ``if a and b: raise``. None where that cannot
+    be proved: the truth value is not asked by a jump, neither way or both can only raise, or some
+    code up to the root of the model may catch what is raised.
 
     Args:
         frame: asks for a truth value.
@@ -72,6 +118,11 @@ def find_raising_branch(
     starts = {if_jumps: jump.argval, not if_jumps: code.next[jump.offset]}
     found = {answer: code.find_way_to_raise(start) for answer, start in starts.items()}
     raising = {answer: way for answer, way in found.items() if way is not None}
+    leads_on = not raising
+    if leads_on:
+        for answer, start in starts.items():
+            if (way := code.find_way_through(start, starts[not answer])) is not None:
+                raising[answer] = way
     if len(raising) != 1:
         return None
     ((raises_if, way),) = raising.items()
@@ -80,7 +131,14 @@ def find_raising_branch(
     if issubclass(kind, _CAUGHT_BY_PYTHON) or not is_left or not _passes_callers(frame, entered):
         return None
     line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    return RaisingBranch(raises_if=raises_if, kind=kind.__name__, line=line)
+    return RaisingBranch(
+        raises_if=raises_if,
+        leads_on=leads_on,
+        kind=kind.__name__,
+        line=line,
+        frame=frame,
+        place=(jump.offset, code.settle(starts[not raises_if])),
+    )
 
 
 def is_with(frame: FrameType) -> bool:
@@ -193,6 +251,42 @@ class _Code:
                 return None
             waiting += self._successors(instruction)
         return list(found.values())
+
+    def find_way_through(self, start: int, away: int) -> list[dis.Instruction] | None:
+        """What may run until it raises, if all that happens before is to ask whether to go away.
+
+        Args:
+            start: offset where it starts.
+            away: where code goes on if it does not raise; None is given where it may do anything
+                else.
+        """
+        offset: int | None = start
+        while offset is not None:
+            instruction = self._at[offset]
+            behind = self.next.get(offset)
+            if instruction.opname.startswith("POP_JUMP") and behind is not None:
+                goals = {self.settle(goal): goal for goal in (instruction.argval, behind)}
+                goals.pop(self.settle(away), None)
+                if len(goals) != 1:
+                    return None
+                (goal,) = goals.values()
+                return self.find_way_to_raise(goal) or self.find_way_through(goal, away)
+            if not instruction.opname.startswith(_ONLY_READS):
+                return None
+            offset = behind
+        return None
+
+    def settle(self, offset: int) -> int:
+        """Where jumps without a condition lead from an offset."""
+        seen: set[int] = set()
+        while offset not in seen:
+            seen.add(offset)
+            instruction = self._at[offset]
+            if instruction.opname.startswith("JUMP") and "IF" not in instruction.opname:
+                offset = instruction.argval
+            elif instruction.opname in ("NOP", "NOT_TAKEN", "CACHE"):
+                offset = self.next[offset]
+        return offset
 
     def passes(self, raises: Collection[int], num_known: int) -> bool:
         """Whether an exception leaves the function.

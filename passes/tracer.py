@@ -31,7 +31,7 @@ from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.questions import UNKNOWN, Questions
-from npas_fx.passes.raising_branches import check_branch, find_raising_branch, is_with
+from npas_fx.passes.raising_branches import Conditions, check_branch, find_raising_branch, is_with
 from npas_fx.passes.rebinding import names_set_by_calls
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
@@ -126,6 +126,7 @@ class Tracer(fx.Tracer):
         self._has_returned = False  # the root, so that what it gave is no longer changed
         self._objects: dict[int, fx.Node | None] = {}
         self.numbers = TriedNumbers(self)
+        self.conditions = Conditions()
         self.slots: BufferSlots  # of the root
         self._handed_others: set[nn.Module] = set()  # they may read the weights of those
 
@@ -497,13 +498,16 @@ class Tracer(fx.Tracer):
         """Answer a question of control flow; where one way only raises, by the other one."""
         frame = sys._getframe(2)
         branch = find_raising_branch(frame, [where for _, _, where in self._contexts])
-        is_assert = branch is not None and branch.kind == "AssertionError"
-        if not is_assert and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
+        is_asked = branch is None or not self.questions.may_vary(obj.node)
+        if is_asked and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
             return bool(answer)
         if branch is not None:
-            found = f"{describe(obj.node)} is {branch.raises_if}"
+            conditions = self.conditions.add(branch, obj)
+            if branch.leads_on:
+                return branch.raises_if
+            found = " and ".join(f"{describe(c.node)} is {holds}" for c, holds in conditions)
             what = f"{found}, for which the code of the model raises, at {branch.line}"
-            arguments = (obj, branch.raises_if, branch.kind, what)
+            arguments = (conditions, branch.kind, what)
             self.create_proxy("call_function", check_branch, arguments, {})
             return not branch.raises_if
         raise self.refusal(

@@ -310,7 +310,7 @@ def test_a_caller_that_catches_makes_the_innermost_module_a_call(check):
     check(model, x())
 
 
-def test_sizes_are_asked_first(check):
+def test_sizes_are_checked_and_not_fixed(check):
     def forward(self, value):
         if value.shape[1] != 4:
             raise ValueError("four columns")
@@ -319,12 +319,101 @@ def test_sizes_are_asked_first(check):
         return self.run(value)
 
     model = net(forward)
-    assert not _checks(capture(model, x()))
-    assert len(_checks(capture(model))) == 2
-    check(model, x(), others=((x(9, 4),),))
-    emitted = npas_fx.transform(model, 1.0, solver="greedy")
-    with pytest.raises(ValueError, match="for which the code of the model raises"):
-        emitted(x(100, 4))
+    check(model, x(), others=((x(9, 4),), (x(1, 4),)))
+    for example in (x(), None):
+        assert len(_checks(capture(model, example))) == 2
+        emitted = npas_fx.transform(model, 1.0, example_inputs=example, solver="greedy")
+        with pytest.raises(ValueError, match="for which the code of the model raises"):
+            emitted(x(100, 4))
+
+
+def several(self, value):
+    rows, others = value.shape[0], self.count.numel() + 2
+    if rows != 1 and others != 1 and rows != others:
+        raise ValueError("cannot be broadcast")
+    return self.run(value)
+
+
+def several_of_data(self, value):
+    total, corner = value.sum(), value[0, 0]
+    if total > 0 and corner > 5:
+        raise ValueError("too large")
+    return self.run(value)
+
+
+def several_in_a_loop(self, value):
+    for rows, most in zip((value.shape[0], value.shape[1]), (4, 4), strict=True):
+        if rows != 1 and rows > most:
+            raise ValueError("too many")
+        if rows == 2 and most == 4 and value.ndim > 2:
+            raise ValueError("two in three")
+    return self.run(value)
+
+
+def none_of_them(self, value):
+    rows = value.shape[0]
+    if rows > 1 and not self.training and rows > 9:
+        raise ValueError("at most nine in eval mode")
+    return self.run(value)
+
+
+@pytest.mark.parametrize(
+    ("forward", "good", "bad"),
+    [
+        (several, [x(1, 4), x(3, 4)], [x(2, 4)]),
+        (
+            several_of_data,
+            [-x().abs(), x().clamp(max=5), torch.full((3, 4), -9.0)],
+            [x().abs() + 6],
+        ),
+        (several_in_a_loop, [x(1, 4), x(4, 4), x(2, 4)], [x(5, 4), torch.ones(2, 3, 4)]),
+        (none_of_them, [x(1, 4), x(9, 4)], [x(10, 4)]),
+    ],
+)
+def test_conditions_that_hold_together(forward, good, bad, check):
+    model = net(forward)
+    assert not capture(model, x()).leaves
+    emitted = check(model, x(), others=[(value,) for value in good])
+    for value in bad:
+        for module in (model.eval(), emitted.eval()):
+            with pytest.raises(ValueError):  # noqa: PT011
+                module(value)
+
+
+def test_conditions_compile_as_those_of_the_plain_network():
+    for forward in (several, none_of_them):
+        emitted = npas_fx.transform(net(forward), 1.0, example_inputs=x(), solver="greedy")
+        compiled = torch.compile(emitted, backend="eager", fullgraph=True, dynamic=False)
+        torch.testing.assert_close(compiled(x()), emitted(x()), rtol=9, atol=9)
+
+
+def reads_in_between(self, value):
+    if value.sum() > 0 and self.look(value):
+        raise ValueError
+    return self.run(value)
+
+
+def indexes_in_between(self, value):
+    if value.ndim > 1 and value.shape[1] > 4:
+        raise ValueError
+    return self.run(value)
+
+
+def goes_on_in_between(self, value):
+    y = self.run(value)
+    if value.sum() > 0:
+        y = y + 1
+        if value.sum() > 99:
+            raise ValueError
+    return y
+
+
+def test_what_stands_between_them_is_not_run_in_vain(falls_back, check):
+    for forward in (reads_in_between, goes_on_in_between):
+        falls_back(
+            net(forward, look=lambda value: value.max() > 9), x(), match="branches on a value"
+        )
+    check(net(indexes_in_between), x(), others=((x(9, 4),),))
 
 
 def samples(self, value):
