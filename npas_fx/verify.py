@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Comparison:
         example: ``the example``, or which of the further ones.
         mode: ``train`` or ``eval``.
         outputs: largest difference of an output, as a share of its largest entry.
-        gradients: the same for the gradients of all trainable parameters.
+        gradients: the same for the gradients of all trainable parameters; 0 where the original has
+            no backward in this mode.
         buffers: the same for the buffers after the call.
     """
 
@@ -103,7 +105,7 @@ def _compare(
 ) -> Comparison:
     mode = "train" if is_training else "eval"
 
-    def run_original(noise: float) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def run_original(noise: float, with_gradients: bool) -> tuple[Any, _Gradients, _Buffers]:
         owner = _copy_with_noise(shared, noise, seed)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         args, kwargs = _copy_inputs(example)
@@ -119,22 +121,28 @@ def _compare(
             buffers.update(reference.named_buffers(remove_duplicate=False))
             return output
 
+        return *_run(call, owner, seed, with_gradients), buffers
+
+    def try_original(noise: float) -> tuple[Any, _Gradients, _Buffers]:
         try:
-            return *_run(call, owner, seed), buffers
+            return run_original(noise, True)
         except Exception as err:
+            with suppress(Exception):  # perhaps only its backward fails, in eval mode, say
+                return run_original(noise, False)
             raise CaptureError(
                 f"the model raised {type(err).__name__} on {example.name} in {mode} mode: {err}; "
                 "pass an example that runs"
             ) from err
 
     noise = NOISE
-    *expected, buffers = run_original(noise)
+    *expected, buffers = try_original(noise)
     if not _is_finite(expected[0]):  # some parameter must not be moved, in a logarithm, say
         noise = 0.0
-        *expected, buffers = run_original(noise)
+        *expected, buffers = try_original(noise)
     emitted = _copy_with_noise(shared, noise, seed).train(is_training)
     args, kwargs = _copy_inputs(example)
-    output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed)
+    with_gradients = expected[1] is not None
+    output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed, with_gradients)
     owned = dict(emitted.named_buffers(remove_duplicate=False))
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     updated = {name: owned[name] for name in owned.keys() & (names | buffers.keys())}
@@ -192,15 +200,23 @@ def all_weights(shared: EmittedModule, generated: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _run(call: Callable[[], Any], owner: nn.Module, seed: int) -> tuple[Any, dict[str, Tensor]]:
-    """Output, and gradients of all trainable parameters of the owner."""
-    with torch.random.fork_rng(devices=_cuda_devices()), torch.enable_grad():
+_Buffers: TypeAlias = dict[str, Tensor]
+_Gradients: TypeAlias = dict[str, Tensor] | None
+
+
+def _run(
+    call: Callable[[], Any], owner: nn.Module, seed: int, with_gradients: bool
+) -> tuple[Any, _Gradients]:
+    """Output, and gradients of all trainable parameters of the owner where they are wanted."""
+    with torch.random.fork_rng(devices=_cuda_devices()), torch.set_grad_enabled(with_gradients):
         random_state = RandomState()
         torch.manual_seed(seed)
         try:
             output = call()
         finally:
             random_state.put_back()
+        if not with_gradients:
+            return output, None
         total = sum(
             ((leaf.float() if leaf.dtype.itemsize < 4 else leaf) * _weight(leaf)).sum()
             for leaf in (_real(leaf) for _, leaf in _leaves(output) if isinstance(leaf, Tensor))

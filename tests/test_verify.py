@@ -37,13 +37,13 @@ def x():
     return torch.randn(5, 6)
 
 
-def emit(model, corrupt=None, budget=0.6):
-    """Transform by the same steps as ``apply``, with a corruption of the graph in between."""
+def emit(model, corrupt=None, budget=0.6, mode=0):
+    """Transform by the same steps as ``apply``, with a corruption of a graph in between."""
     plan = npas_fx.plan(model, budget, example_inputs=x(), solver="greedy")
     captured = capture(model, x())
     if corrupt is not None:
-        corrupt(captured.graph)
-        captured.graph.lint()
+        corrupt(captured.modes[mode].graph)
+        captured.modes[mode].graph.lint()
     banks = build_banks(plan, captured.inventory, GENERATORS)
     weights = {site.name: model.get_parameter(site.name) for site in captured.inventory.sites}
     give_birth(banks, plan, weights, 0)
@@ -177,6 +177,25 @@ def test_the_random_state_is_not_touched():
     state = torch.get_rng_state()
     verify(emitted, model, value, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WithoutBackward(nn.Module):
+    """In eval mode it changes what backward needs, as code for inference may."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, value):
+        y = self.fc(value).relu().exp()
+        return y if self.training else y.mul_(y)
+
+
+def test_where_the_original_has_no_backward_outputs_are_compared():
+    shared = npas_fx.transform(WithoutBackward(), 0.5, example_inputs=x(), solver="greedy")
+    assert [each.mode for each in verify(shared, WithoutBackward(), x())] == ["train", "eval"]
+    with pytest.raises(VerificationError, match="outputs in eval mode"):
+        verify(emit(WithoutBackward(), replace_relu, 1.0, mode=1), WithoutBackward(), x())
 
 
 def test_an_example_that_the_model_refuses():
