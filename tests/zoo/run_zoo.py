@@ -162,17 +162,16 @@ def write_page(rows: Mapping[str, Row], total: int) -> str:
         good = [row for row in members if not row["error"]]
         free = [sum(not row[f"opaque_{mode}"] for row in good) for mode in ("train", "eval")]
         share = [mean(row[f"opaque_{mode}"] for row in good) for mode in ("train", "eval")]
-        times = sorted(row["capture_seconds"] for row in good)
+        times = sorted(row["capture_seconds"] for row in good if "capture_seconds" in row)
         lines.append(
             f"| {library} | {len(members)} | {len(good)} | {free[0]}, {free[1]} "
             f"| {share[0]:.3f}, {share[1]:.3f} | {times[len(times) // 2]:.1f} |"
         )
     for library, members in groups.items():
         lines += ["", f"## {library}", ""]
-        lines += [
-            "| architecture | parameters | generated | opaque, train | opaque, eval | graphs | |"
-        ]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        columns = ("architecture", "parameters", "generated", "opaque, train", "opaque, eval")
+        lines.append(f"| {' | '.join((*columns, 'graphs', 'commit'))} | |")
+        lines.append("| --- " * 8 + "|")
         lines += [_write_row(row) for row in sorted(members, key=lambda row: row["name"])]
     return "\n".join(lines) + "\n"
 
@@ -180,9 +179,10 @@ def write_page(rows: Mapping[str, Row], total: int) -> str:
 def _write_row(row: Row) -> str:
     name = row["name"].partition("/")[2]
     if row["error"]:
-        return f"| {name} | | | | | | fails: {row['error'].replace('|', '/')} |"
+        why = row["error"].replace("|", "/")
+        return f"| {name} | | | | | | {row['commit']} | fails: {why} |"
     shares = " | ".join(f"{row[key]:.2f}" for key in ("generated", "opaque_train", "opaque_eval"))
-    return f"| {name} | {row['parameters']:,} | {shares} | {row['graphs']} | |"
+    return f"| {name} | {row['parameters']:,} | {shares} | {row['graphs']} | {row['commit']} | |"
 
 
 if __name__ == "__main__":
