@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from npas_fx.passes.op_rules.attention import attention
 from npas_fx.passes.op_rules.recurrent import recurrent
+from npas_fx.passes.op_rules.recurrent_cell import recurrent_cell
 
 KINDS: dict[Any, str] = {
     functional.embedding: "embedding",
+    functional.embedding_bag: "embedding",
     functional.linear: "linear",
+    functional.bilinear: "linear",
     functional.conv1d: "conv",
     functional.conv2d: "conv",
     functional.conv3d: "conv",
@@ -24,6 +27,7 @@ KINDS: dict[Any, str] = {
     functional.conv_transpose2d: "conv",
     functional.conv_transpose3d: "conv",
     recurrent: "recurrent",
+    recurrent_cell: "recurrent",
     attention: "attention projection",
 }
 _QUESTIONS = ("device", "dtype", "shape", "ndim", "is_cuda")

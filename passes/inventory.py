@@ -22,11 +22,21 @@ from npas_fx.passes.roles import Part, find_parts
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: Mapping[tuple[tuple[type[nn.Module], ...], str], str] = {
-    ((nn.Linear,), "weight$"): "linear",
+    ((nn.Linear, nn.Bilinear), "weight$"): "linear",
     ((*_CONVOLUTIONS, *_TRANSPOSED), "weight$"): "conv",
     ((nn.Embedding, nn.EmbeddingBag), "weight$"): "embedding",
     ((nn.MultiheadAttention,), r"\w+_proj_weight$"): "attention projection",
     ((nn.RNNBase, nn.RNNCellBase), "weight_"): "recurrent",
+}
+# Operations that look rows up -> their arguments behind indices and weight.
+_LOOKUPS: Mapping[Any, tuple[str, ...]] = {
+    functional.embedding: (
+        *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    ),
+    functional.embedding_bag: (
+        *("offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
+        *("per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
 }
 
 
@@ -201,11 +211,9 @@ def _uses(reads: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _lookup_options(node: fx.Node) -> dict[str, Any]:
-    """Options of an embedding; empty for any other operation."""
-    if node.target is not functional.embedding:
-        return {}
-    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    return {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+    """Options of an embedding, or of a bag of them; empty for any other operation."""
+    names = _LOOKUPS.get(node.target)
+    return {} if names is None else {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
 
 
 def _find_held_row(parameter: nn.Parameter, reads: Sequence[fx.Node]) -> int | None:
