@@ -175,15 +175,14 @@ def _trace_mixture(capture: Capture, flags: Mapping[str, bool]) -> ModeGraph:
 
 def _lend_all(kind: type[nn.Module], site_of: Mapping[str, str]) -> Callable[..., Any]:
     """Make a ``forward`` that runs the one of the model's class, with generated weights."""
+    names, sites = list(site_of), list(site_of.values())
 
     @functools.wraps(kind.forward)
     def forward(self: EmittedModule, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, BanksAside)
         live = live_weights_of(self)
-        with live.call(is_forward=True):
-            weights = [live.read(site) for site in site_of.values()]
-            with lend(self, list(site_of), weights):
-                return kind.forward(self, *args, **kwargs)
+        with live.call(is_forward=True), lend(self, names, live.read_all(sites)):
+            return kind.forward(self, *args, **kwargs)
 
     return forward
 

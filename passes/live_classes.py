@@ -160,7 +160,15 @@ def _read_of(name: str) -> property:
 
 
 def _read_flat(self: nn.RNNBase) -> list[Any]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
+    reader = vars(self).get(_READER)
+    weights: dict[str, Any] = {}
+    if reader is not None:
+        # torch.compile does not look into recurrent modules: all at once, it makes one graph.
+        empty = [n for n, own in self._parameters.items() if own is None and n in reader.site_of]
+        sites = [reader.site_of[name] for name in empty]
+        weights = dict(zip(empty, reader.live.read_all(sites), strict=True))
+    names = self._flat_weights_names
+    return [weights[n] if n in weights else getattr(self, n, None) for n in names]
 
 
 def _do_nothing(self: nn.RNNBase, *_: Any) -> None:

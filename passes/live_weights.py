@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -40,18 +40,25 @@ class LiveWeights:
 
     def read(self, site: str) -> Tensor:
         """Generate the weight of a site, or take it from the call that is running."""
-        name, place = self.place_of[site]
+        return self.read_all([site])[0]
+
+    def read_all(self, sites: Sequence[str]) -> list[Tensor]:
+        """Read the weights of several sites; ``torch.compile`` can make one graph of that."""
         call = self._here.call
-        if call is None:
-            weight: Tensor = self.banks[name]()[place]
-            return weight
-        made = call.made.get(name)
-        if made is None or made.is_stale():
-            bank = self.banks[name]
-            assert isinstance(bank, Bank)
-            with torch.set_grad_enabled(call.has_grad or torch.is_grad_enabled()):
-                made = call.made[name] = _Made(bank)
-        return made.weights[place]
+        weights: list[Tensor] = []
+        for site in sites:
+            name, place = self.place_of[site]
+            if call is None:
+                weights.append(self.banks[name]()[place])
+                continue
+            made = call.made.get(name)
+            if made is None or made.is_stale():
+                bank = self.banks[name]
+                assert isinstance(bank, Bank)
+                with torch.set_grad_enabled(call.has_grad or torch.is_grad_enabled()):
+                    made = call.made[name] = _Made(bank)
+            weights.append(made.weights[place])
+        return weights
 
     def is_in_call(self) -> bool:
         """Whether this thread is in a call."""
@@ -86,6 +93,7 @@ class LiveWeights:
             call.is_forward = was_forward
             self._here.call = outer
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # see _Made
     def _refuse_changes(self, call: _Call) -> None:
         for site, (name, place) in self.place_of.items():
             if name in call.made and call.made[name].is_changed(place):
@@ -133,6 +141,9 @@ class _Made:
         """Whether somebody has written into a weight, not by way of the bank."""
         return not self._has_moved() and self.versions[place] != _version_of(self.weights[place])
 
+    # What keeps the books runs between the graphs of a call that torch.compile has had to break.
+    # It would compile it, with a graph and a recompilation for each tensor that is looked at.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self) -> None:
         self.state = _state_of(self.bank)
         self.versions = [_version_of(weight) for weight in self.weights]
@@ -142,6 +153,7 @@ class _Made:
             if weight.grad_fn is not None:
                 weight.register_hook(spend)  # type: ignore[no-untyped-call]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _has_moved(self) -> bool:
         if not self.state:  # made in compiled code, which cannot look, a moment ago
             self._look()

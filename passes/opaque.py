@@ -69,6 +69,7 @@ def _fill(leaf: nn.Module, names: Sequence[str], weights: Sequence[Tensor]) -> I
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # no lock is entered in graphs
 def _lock_of(leaf: nn.Module) -> threading.RLock:
     with _lock:
         return _locks.setdefault(leaf, threading.RLock())
@@ -105,6 +106,7 @@ def empty_slots(leaf: nn.Module, names: Sequence[str]) -> None:
     forget_weights(leaf)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forget_weights(leaf: nn.Module) -> None:
     """Make recurrent modules read their parameters anew at the next call.
 

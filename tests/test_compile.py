@@ -15,8 +15,9 @@ import torch
 from timm.models import efficientnet, hrnet, mlp_mixer, mobilenetv3
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from compilation import Counts, compare, measure
+from compilation import Comparison, Counts, compare, measure
 from models import GPT, MODELS, Example, TextClassifier
 from npas_fx import transform
 from oracle import seeded
@@ -270,6 +271,89 @@ def test_what_comes_before_a_break_is_one_graph():
     assert not found.is_whole
     assert found.plain == Counts(graphs=0, recompilations=0)
     assert found.emitted == Counts(graphs=6, recompilations=4)
+
+
+class Decides(nn.Module):
+    """Branches on what it has computed, so that all of it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        if h.sum() > 1e9:
+            h = -h
+        return self.c(self.b(h).relu())
+
+
+class DecidesInside(nn.Module):
+    """A part of it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inside = nn.Linear(8, 8), Decides()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(self.a(x).relu()).sum(1)
+
+
+def _compare_in_eager(kind: Callable[[], nn.Module], emit: str, draw: Any = _vectors) -> Comparison:
+    example = in_float64(Example(kind, draw))
+    found = compare(example, backend="eager", budget=0.7, emit=emit)
+    assert not found.is_whole
+    return found
+
+
+@pytest.mark.parametrize(("emit", "num_for_banks"), [("graph", 1), ("module", 0)])
+def test_where_the_model_breaks_only_its_code_and_its_banks_are_compiled(emit, num_for_banks):
+    counts = []
+    for module in (
+        model := Decides(),
+        transform(model, 0.7, example_inputs=_vectors(3), emit=emit),
+    ):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("eager")
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(torch.compile(module, backend=counter)(x), module(x))
+        counts.append(counter.frame_count)
+    assert counts == [2, 2 + num_for_banks]
+
+
+@pytest.mark.zoo
+def test_a_model_that_is_called_needs_one_graph_more_for_its_banks():
+    found = _compare_in_eager(Decides, "graph")
+    assert found.plain == Counts(graphs=6, recompilations=4)
+    assert found.emitted == Counts(graphs=8, recompilations=5)  # one with gradients, one without
+
+
+@pytest.mark.zoo
+def test_a_part_that_is_called_needs_no_more_graphs():
+    _compare_in_eager(DecidesInside, "graph").assert_no_more()
+
+
+# torch._dynamo compiles what comes between `own(…)` and the user's `forward` too: no graph, but it
+# counts, once for each graph that it compiles anew of the user's code.
+@pytest.mark.zoo
+def test_with_the_users_class_banks_are_in_the_graphs_of_its_code():
+    found = _compare_in_eager(Decides, "module")
+    assert found.plain == Counts(graphs=6, recompilations=4)
+    assert found.emitted == Counts(graphs=6, recompilations=6)
+
+
+@pytest.mark.zoo
+def test_with_the_users_class_and_a_part_that_breaks():
+    found = _compare_in_eager(DecidesInside, "module")
+    assert found.plain == Counts(graphs=12, recompilations=8)
+    assert found.emitted == Counts(graphs=12, recompilations=14)
+
+
+@pytest.mark.zoo
+def test_the_weights_of_a_recurrent_module_are_one_graph():
+    # It is read twice at each call; the second read makes no graph.
+    found = _compare_in_eager(ProjectedText, "module", MODELS["lstm"].draw)
+    assert found.plain == Counts(graphs=3, recompilations=2)
+    assert found.emitted == Counts(graphs=5, recompilations=7)
 
 
 class Named(nn.Module):

@@ -116,11 +116,13 @@ def measure(
     return Counts(graphs=counter.frame_count, recompilations=recompilations), results
 
 
-def compare(example: Example, *, backend: str = "aot_eager", budget: float = 0.5) -> Comparison:
+def compare(
+    example: Example, *, backend: str = "aot_eager", budget: float = 0.5, emit: str = "graph"
+) -> Comparison:
     """Compile a model and its emitted module; what comes out of the latter must be as in eager."""
     model = example.make()
     args, kwargs = split(example.inputs(2))
-    shared = transform(model, budget, example_inputs=args, example_kwargs=kwargs)
+    shared = transform(model, budget, example_inputs=args, example_kwargs=kwargs, emit=emit)
     eager = copy.deepcopy(shared)
     try:
         plain, _ = measure(copy.deepcopy(model), example, fullgraph=True, backend=backend)
