@@ -356,6 +356,47 @@ def test_the_weights_of_a_recurrent_module_are_one_graph():
     assert found.emitted == Counts(graphs=5, recompilations=7)
 
 
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Experts(nn.Module):
+    """Each row goes to one; to find the rows breaks a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = torch.where(x[:, 0] % 3 == k)[0]
+            y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+# torch._dynamo gives up on a function that breaks inside a loop, and compiles the experts: one code
+# for all of the plain model. Those of the user's class read other places of banks. The graph has no
+# loop, so that all is compiled, between the three breaks.
+@pytest.mark.zoo
+@pytest.mark.parametrize(("emit", "num_graphs"), [("graph", 4), ("module", 3)])
+def test_experts(emit, num_graphs):
+    counts = []
+    x = torch.randn(6, 8)
+    x[:, 0] = torch.arange(6)
+    for module in (model := Experts(), transform(model, 0.7, example_inputs=x, emit=emit)):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("eager")
+        torch.testing.assert_close(torch.compile(module, backend=counter)(x), module(x))
+        counts.append(counter.frame_count)
+    assert counts == [1, num_graphs]
+
+
 class Named(nn.Module):
     """One of its arguments bears the name of a builtin that its graph calls."""
 
