@@ -22,7 +22,8 @@ def attributes_set_by_calls(module: nn.Module) -> frozenset[str]:
     return names | _stored_by(own.__code__) if isinstance(own, FunctionType) else names
 
 
-_CHANGING = frozenset(
+# Methods that change a container.
+CHANGING = frozenset(
     (
         *("append", "appendleft", "extend", "insert", "pop", "popleft", "popitem", "remove"),
         *("clear", "add", "discard", "update", "setdefault", "__setitem__"),
@@ -97,7 +98,7 @@ def _changes_own(code: CodeType) -> bool:
 def _changed_by(node: ast.AST) -> ast.expr | None:
     """What a call of a method, or a store under a key, changes."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return node.func.value if node.func.attr in _CHANGING else None
+        return node.func.value if node.func.attr in CHANGING else None
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
         return node.value
     return None

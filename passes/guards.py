@@ -12,6 +12,9 @@ from torch import Tensor, fx
 
 from npas_fx.errors import GuardError
 
+# Packages whose frames are not the user's code.
+STEPPED_OVER = ("torch", "npas_fx", "contextlib", "unittest", "collections", "dataclasses")
+
 
 def _is_true(value: Any) -> bool:
     # Not bool(value): comparing that with a constant fails in torch.compile (torch 2.13) where it
@@ -19,7 +22,15 @@ def _is_true(value: Any) -> bool:
     return True if value else False  # noqa: SIM210
 
 
-QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
+def _keys(value: Any) -> Any:
+    return tuple(value.keys()) if isinstance(value, Mapping) else type(value).__qualname__
+
+
+def _has_key(value: Any, key: Any) -> Any:
+    return key in value if isinstance(value, Mapping) else type(value).__qualname__
+
+
+QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "bool": _is_true,
     "int": int,
     "float": float,
@@ -28,6 +39,9 @@ QUESTIONS: Mapping[str, Callable[[Any], Any]] = {
     "is None": lambda value: value is None,
     "type": lambda value: "Tensor" if isinstance(value, Tensor) else type(value).__qualname__,
     "value": lambda value: value,
+    "keys": _keys,
+    "has key": _has_key,
+    "has attribute": hasattr,
 }
 
 # What may be asked of the data of a tensor -> the same as a tensor.
@@ -38,8 +52,18 @@ OF_DATA: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_guard(value: Any, question: str, expected: Any, what: str, where: str) -> None:
+def check_guard(
+    value: Any, question: str, expected: Any, what: str, where: str, *about: Any
+) -> None:
     """Refuse a call for which the code of the model would go another way than in the example.
+
+    Args:
+        value: that is asked about.
+        question: one of ``QUESTIONS``.
+        expected: the answer in the example.
+        what: the question, for the user to read.
+        where: line of the user's code.
+        about: what the question names, such as a key.
 
     Raises:
         GuardError: what was asked, both answers and the line.
@@ -48,7 +72,7 @@ def check_guard(value: Any, question: str, expected: Any, what: str, where: str)
         # Asked in Python, data would break the graph where the model's own code does not ask.
         torch._assert_async(OF_DATA[question](value) == expected, f"{what} = {expected} at {where}")
         return
-    answer = QUESTIONS[question](value)
+    answer = QUESTIONS[question](value, *about)
     if answer != expected:
         raise GuardError(
             f"captured for {what} = {expected!r}, called with {answer!r} at {where}; pass an "
@@ -87,7 +111,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "").split(".")[0]
-        if module not in ("torch", "npas_fx", "contextlib", "unittest"):
+        if module not in STEPPED_OVER:
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -46,6 +46,7 @@ MODES = {
 _LOCK = threading.Lock()
 _plain_isinstance = builtins.isinstance
 _plain_len = builtins.len
+_plain_vars = builtins.vars
 _plain_size = torch.Size
 _plain_setattr: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
 
@@ -76,6 +77,7 @@ def _replacements(tracer: Tracer) -> Iterator[tuple[Any, str, Any]]:
     yield torch, "Size", _Size
     yield builtins, "isinstance", _isinstance
     yield builtins, "len", _len
+    yield builtins, "vars", _vars
     yield torch, "is_tensor", _is_tensor
     if "torch._dynamo" in sys.modules:  # not imported for this: it takes long
         yield torch._dynamo, "mark_static_address", lambda *args, **kwargs: None
@@ -162,6 +164,17 @@ class _Size(metaclass=_SizeType):
 
 def _len(value: Any) -> Any:
     return value.length() if _plain_isinstance(value, CapturedProxy) else _plain_len(value)
+
+
+def _vars(*args: Any) -> Any:
+    if not args:  # of the code that asks
+        return sys._getframe(1).f_locals
+    caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
+    if _plain_isinstance(args[0], CapturedProxy) and caller not in ("torch", "npas_fx"):
+        raise args[0].tracer.refusal(
+            "forward asks for vars() of a traced value, which are not known while tracing"
+        )
+    return _plain_vars(*args)
 
 
 def _known_of(value: Any) -> Any:

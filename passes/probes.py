@@ -26,6 +26,7 @@ from npas_fx.passes.contexts import SWITCHES, OpenContexts
 from npas_fx.passes.fixed_values import FixedValues
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.history import forgets_calls
+from npas_fx.passes.objects import is_plain_object
 from npas_fx.passes.purity import can_be_fixed
 from npas_fx.passes.python_state import read_state
 from npas_fx.passes.rebinding import REBINDS, note_bindings
@@ -95,13 +96,13 @@ class Probes:
         self._forgets: bool | None = None
         self.buffer_names = frozenset(name for name, _ in model.named_buffers())
         self._examples = [inputs, *further]
-        tensors = [v for v in pytree.tree_leaves(dict(inputs)) if isinstance(v, Tensor)]
+        tensors = tensors_in(inputs)
         batches = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
         self._batch = batches.most_common(1)[0][0] if batches else 0
         self._rows = _choose_rows(self._batch)
         self.derived = range(1, len(self._rows))
-        self.inputs = [pytree.tree_map_only(Tensor, self._faker(n), inputs) for n in self._rows]
-        self.inputs += [pytree.tree_map_only(Tensor, self.fake, each) for each in further]
+        self.inputs = [map_tensors(self._faker(n), inputs) for n in self._rows]
+        self.inputs += [map_tensors(self.fake, each) for each in further]
 
     def root(self) -> nn.Module:
         """The model without values, in the mode that ``flags`` tell; made when it is needed."""
@@ -183,7 +184,7 @@ class Probes:
             model = self._model
 
             def run(root: nn.Module, probe: int, size: int, is_training: bool) -> Any:
-                inputs = pytree.tree_map_only(Tensor, partial(_crop, size), self.real_inputs(probe))
+                inputs = map_tensors(partial(_crop, size), self.real_inputs(probe))
                 return call(root.train(is_training), inputs)
 
             sizes = (0, *self._frequent_sizes())  # the first crops nothing
@@ -197,11 +198,7 @@ class Probes:
     def _frequent_sizes(self) -> list[int]:
         """What may be the length of the inputs, or the size of pictures."""
         sizes = Counter(
-            size
-            for tensor in pytree.tree_leaves(self._examples)
-            if isinstance(tensor, Tensor)
-            for size in tensor.shape[1:]
-            if size > 1
+            size for tensor in tensors_in(self._examples) for size in tensor.shape[1:] if size > 1
         )
         return [size for size, _ in sizes.most_common(2)]
 
@@ -272,10 +269,47 @@ class Probes:
                 return copied
             return copied[rows.to(tensor.device)]
 
-        return {
-            name: pytree.tree_map_only(Tensor, real, copy.deepcopy(value))
-            for name, value in example.items()
-        }
+        return {name: map_tensors(real, copy.deepcopy(value)) for name, value in example.items()}
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Copy a value with other tensors in it: in containers and in objects of the user's classes."""
+    copies: dict[int, Any] = {}
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not (isinstance(leaf, dict) or is_plain_object(leaf)):
+            return leaf
+        if id(leaf) not in copies:
+            try:
+                made = copy.copy(leaf)
+            except Exception:  # of a class with rules of its own
+                return leaf
+            copies[id(leaf)] = made
+            if isinstance(leaf, dict):  # of a class that torch does not know
+                for key, item in leaf.items():
+                    dict.__setitem__(made, key, of_any(item))
+            if hasattr(leaf, "__dict__"):
+                vars(made).update({name: of_any(item) for name, item in vars(leaf).items()})
+        return copies[id(leaf)]
+
+    def of_any(item: Any) -> Any:
+        return pytree.tree_map(of_leaf, item)
+
+    return of_any(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value, as ``map_tensors`` finds them."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
 
 
 def _crop(size: int, tensor: Tensor) -> Tensor:
@@ -372,11 +406,10 @@ class Values:
         return [known[probe] for probe in self.alive]
 
     def _unknown_before(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes that a node depends on, itself last, which have not been evaluated."""
+        """Nodes that the value of a node depends on, in order, which have not been evaluated."""
         if self.keeps_order:
-            nodes = list(node.graph.nodes)
-            until = nodes[: nodes.index(node) + 1]
-            return [each for each in until if each not in self._known]
+            # Also those behind it, which may have changed it since.
+            return [each for each in node.graph.nodes if each not in self._known]
         order: dict[fx.Node, None] = {}
         waiting = [node]
         while waiting:
@@ -444,7 +477,7 @@ class Values:
     def _compute_from_fixed(self, node: fx.Node, probe: int) -> Any:
         """Compute a node with the data of what is fixed: of itself, or the numbers it is given."""
         with suppress(LookupError):
-            return pytree.tree_map_only(Tensor, self.probes.fake, self._fixed.of(node, probe))
+            return map_tensors(self.probes.fake, self._fixed.of(node, probe))
         numbers = {}
         for source in node.all_input_nodes:
             with suppress(LookupError):
@@ -456,7 +489,7 @@ class Values:
         return self._compute(node, probe, numbers)
 
     def _compute_from_data(self, node: fx.Node, probe: int) -> Any:
-        return pytree.tree_map_only(Tensor, self.probes.fake, self.real.of(node, probe))
+        return map_tensors(self.probes.fake, self.real.of(node, probe))
 
     def _compute(
         self, node: fx.Node, probe: int, numbers: Mapping[fx.Node, Any] | None = None
@@ -468,7 +501,7 @@ class Values:
 
         if node.op == "placeholder":
             given = self.probes.inputs[probe][str(node.target)]
-            return pytree.tree_map_only(Tensor, self.probes.fake, given)  # whose shape may change
+            return map_tensors(self.probes.fake, given)  # whose shape may change
         if node.target in _NOT_RUN:
             return None
         random = RandomState() if _is_own_code(node, self.root) else None
@@ -536,7 +569,7 @@ class RealValues:
         if key not in self._known:
             inputs = self.probes.real_inputs(probe)
             if is_shuffled:
-                inputs = pytree.tree_map_only(Tensor, _shuffle, inputs)
+                inputs = map_tensors(_shuffle, inputs)
             given = [each for each in node.graph.nodes if each.op == "placeholder"]
             self._known[key] = {each: inputs.get(str(each.target)) for each in given}
         known = self._known[key]

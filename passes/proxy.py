@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 _LEN = len  # while tracing, the name stands for a patch
 _OWN_FIELDS = frozenset({"node", "tracer", "_known"})
+_KEYS = (str, int, float, bool, type(None))
+_VIEWS: dict[str, Callable[[Mapping[Any, Any]], Any]] = {
+    "items": ItemsView,
+    "values": ValuesView,
+}
 _KNOWN_OF_WEIGHTS = ("shape", "dtype", "ndim", "size", "dim", "numel")
 
 
@@ -51,23 +58,94 @@ class CapturedProxy(fx.Proxy):
             return None
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
+    def __iter__(self) -> Iterator[Any]:
+        if (keys := self.keys_asked()) is not None:
+            return iter(keys)
+        frame = sys._getframe(1)
+        code, last = frame.f_code.co_code, frame.f_lasti
+        if dis.opname[code[last]] == "UNPACK_SEQUENCE":
+            return (self[k] for k in range(code[last + 1]))
+        items: Iterator[Any] = self.tracer.iter(self)
+        return items
+
+    def __reversed__(self) -> Iterator[Any]:
+        items: list[Any] = list(self)
+        return iter(items[::-1])
+
+    def __contains__(self, key: Any) -> bool:
+        if not self._is_mapping():
+            return key in iter(self)  # as without this method
+        answer = UNKNOWN
+        if type(key) in _KEYS:
+            answer = self.tracer.questions.ask(self, "has key", key)
+        if answer is UNKNOWN:
+            raise self.tracer.refusal(
+                f"forward asks whether {describe(self.node)} has a key, which is not known while "
+                "tracing, or differs between the examples"
+            )
+        return bool(answer)
+
+    def keys_asked(self) -> tuple[Any, ...] | None:
+        """The keys of a traced dict or alike; None for anything else."""
+        if not self._is_mapping():
+            return None
+        keys = self.tracer.questions.ask(self, "keys")
+        if keys is UNKNOWN:
+            raise self.tracer.refusal(
+                f"forward asks for the keys of {describe(self.node)}, which differ between the "
+                "examples"
+            )
+        return tuple(keys)
+
+    def keys(self) -> Any:
+        """What ``keys`` gives; it is also asked by ``**`` and ``dict``."""
+        return KeysView(_Keyed(self)) if self._is_mapping() else CapturedAttribute(self, "keys")()
+
+    def _is_mapping(self) -> bool:
+        made = self.made_type(assume_tensor=False)
+        return made is not None and issubclass(made, Mapping)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __getattr__(self, name: str) -> Any:
         if self._known is not None and name in _KNOWN_OF_WEIGHTS:
             return getattr(self._known, name)
+        if name == "__dataclass_fields__":
+            return self._fields()
         made = None if name.startswith("__") else self.made_type(assume_tensor=False)
         if made is not None:
+            if issubclass(made, Mapping) and name in _VIEWS:
+                return lambda: _VIEWS[name](_Keyed(self))
             if not hasattr(made, name):
-                self._refuse_if_some_have(name)
-                self._guard_type()
-                raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
+                return self._own_attribute(made, name)
             if not callable(getattr(made, name)):
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         elif not name.startswith("__"):
             self._refuse_if_some_lack(name)
         return CapturedAttribute(self, name)
+
+    def _fields(self) -> Any:
+        """What ``dataclasses.fields`` reads, which compares with ``is``."""
+        made = self.made_type()
+        if made is None or not is_dataclass(made):
+            raise AttributeError("not a dataclass")
+        self._guard_type()
+        return made.__dataclass_fields__
+
+    def _own_attribute(self, made: type, name: str) -> Any:
+        """Read an attribute that an object may have, and its class has not."""
+        has_it = False
+        if issubclass(made, Tensor) or not made.__dictoffset__:
+            self._refuse_if_some_have(name)
+            self._guard_type()
+        else:
+            has_it = self.tracer.questions.ask(self, "has attribute", name)
+        if has_it is UNKNOWN:
+            self._refuse_if_some_have(name)
+        if has_it is True:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        raise AttributeError(f"{made.__name__!r} object has no attribute {name!r}")
 
     def _refuse_if_some_have(self, name: str) -> None:
         """Refuse an attribute that the object has, and not its class: others may lack it."""
@@ -199,6 +277,25 @@ class CapturedAttribute(CapturedProxy):
         fields = vars(self)
         arguments = (fields["_owner"], *args)
         return self.tracer.create_proxy("call_method", fields["_name"], arguments, kwargs)
+
+
+class _Keyed(Mapping[Any, Any]):
+    """A traced dict or alike, for views of it: asked and read when they are used."""
+
+    def __init__(self, proxy: CapturedProxy) -> None:
+        self._proxy = proxy
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._proxy[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._proxy
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._proxy.keys_asked() or ())
+
+    def __len__(self) -> int:
+        return _LEN(self._proxy.keys_asked() or ())
 
 
 def proxies_in(value: Any) -> list[CapturedProxy]:

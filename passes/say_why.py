@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from traceback import walk_tb
 
+from npas_fx.passes.guards import STEPPED_OVER
+
 
 def say_why(err: BaseException) -> str:
     """What went wrong, and in which line of the user's code."""
@@ -17,6 +19,6 @@ def _source_line(err: BaseException) -> str:
     found = ""
     for frame, line in walk_tb(err.__traceback__):
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("torch", "npas_fx", "contextlib", "unittest"):
+        if module.split(".")[0] not in STEPPED_OVER:
             found = f"{frame.f_code.co_filename}:{line}"
     return found

@@ -243,7 +243,8 @@ def _lines(graph: fx.Graph) -> list[str]:
 
     def line(node: fx.Node) -> str:
         name = getattr(node.target, "__name__", node.target)
-        args = node.args[:3] if node.target is check_guard else node.args  # no words for people
+        is_guard = node.target is check_guard
+        args = (*node.args[:3], *node.args[5:]) if is_guard else node.args  # no words for people
         arguments = fx.node.map_arg((args, node.kwargs), place.__getitem__)
         return f"{node.op} {getattr(node.target, '__module__', '')} {name} {arguments}"
 

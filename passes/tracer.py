@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -37,7 +36,7 @@ from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
 from npas_fx.passes.skeleton import named_tensors
 from npas_fx.passes.tried_numbers import TriedNumbers
-from npas_fx.passes.value_types import MadeTypes
+from npas_fx.passes.value_types import MadeTypes, takes_part
 
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
 
@@ -436,7 +435,7 @@ class Tracer(fx.Tracer):
                 return False
             return may_return_none(module, node.args, node.kwargs)
         source = node
-        while _takes_part(source) and source.all_input_nodes:
+        while takes_part(source) and source.all_input_nodes:
             source = source.all_input_nodes[0]
             if self.made_type(source, assume_tensor=False) is Tensor:
                 return False
@@ -582,11 +581,6 @@ class Tracer(fx.Tracer):
             )
         plain = dict(a) if isinstance(a, dict) else list(a)
         return self.create_node("call_function", kind, (super().create_arg(plain),), {})
-
-
-def _takes_part(node: fx.Node) -> bool:
-    is_read = node.op == "call_function" and node.target in (operator.getitem, getattr)
-    return is_read or node.op == "call_method"
 
 
 def _leaves(value: Any) -> Iterator[Any]:

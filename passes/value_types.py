@@ -126,3 +126,9 @@ def _function_type(target: Any, made: Sequence[type | None]) -> type | None:
         return _SIZE
     is_torch = module.split(".")[0] == "torch" or isinstance(target, _BUILTIN)
     return Tensor if is_torch and target.__name__ not in _UNKNOWN else None
+
+
+def takes_part(node: fx.Node) -> bool:
+    """Whether an operation takes a part of a value, or what a method gives of it."""
+    is_read = node.op == "call_function" and node.target in (operator.getitem, getattr)
+    return is_read or node.op == "call_method"

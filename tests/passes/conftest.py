@@ -38,7 +38,13 @@ def snapshot(model):
             for name, tensor in source
         },
         "patched": (
-            *(builtins.isinstance, torch.is_tensor, nn.Module.parameters, nn.Module.__setattr__),
+            *(
+                builtins.isinstance,
+                builtins.vars,
+                torch.is_tensor,
+                nn.Module.parameters,
+                nn.Module.__setattr__,
+            ),
             *(nn.Module.__call__, nn.Module.__getattr__, "training" in vars(nn.Module)),
             *(vars(torch.autograd.Function).get("apply"), torch.no_grad.__enter__),
             *(

@@ -666,16 +666,20 @@ def test_what_an_input_holds_is_of_the_kind_in_the_example(forward, example, oth
     assert all(torch.equal(both(each), model(each)) for each in (example, other))
 
 
-def test_an_attribute_that_only_some_objects_have_is_asked_at_each_call():
+def test_an_attribute_that_only_some_examples_have_is_asked_at_each_call():
     def forward(self, batch):
         y = self.run(batch.x)
         return y * batch.scale if hasattr(batch, "scale") else y
 
     batch = types.SimpleNamespace(x=x(), scale=3.0)
-    model = net(forward)
-    assert "not all objects of its class have" in capture(model, batch).leaves[""]
-    emitted = npas_fx.transform(model, 1.0, example_inputs=batch)
-    plain, other = npas_fx.materialize(emitted), types.SimpleNamespace(x=x())
+    other, model = types.SimpleNamespace(x=x()), net(forward)
+    with pytest.raises(npas_fx.GuardError, match=r"hasattr\(batch, 'scale'\) = True"):
+        npas_fx.transform(model, 1.0, example_inputs=batch)(other)
+    both = {"example_inputs": (batch,), "more_examples": [(other,)]}
+    (call,) = npas_fx.inspect(model, **both).opaque
+    assert "not all objects of its class have" in call.reason
+    emitted = npas_fx.transform(model, 1.0, **both)
+    plain = npas_fx.materialize(emitted)
     assert torch.equal(emitted(batch), plain(batch))
     assert torch.equal(emitted(other), plain(other))
 
