@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from npas_fx.passes.call_state import CHANGING
 from npas_fx.passes.contexts import OpenContexts
 from npas_fx.passes.guards import OF_DATA, QUESTIONS, check_guard, describe, user_line
-from npas_fx.passes.probes import RESHAPING, Call, Probes, Values
+from npas_fx.passes.node_values import RESHAPING, Values
+from npas_fx.passes.probes import Call, Probes
 from npas_fx.passes.purity import IN_PLACE_FUNCTIONS
 from npas_fx.passes.value_types import takes_part
 

@@ -16,7 +16,8 @@ import npas_fx
 from npas_fx.passes.capture import capture
 from npas_fx.passes.contexts import OpenContexts
 from npas_fx.passes.guards import describe
-from npas_fx.passes.probes import Probes, Values
+from npas_fx.passes.node_values import Values
+from npas_fx.passes.probes import Probes
 from two_layers import net, x
 
 
