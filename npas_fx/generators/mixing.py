@@ -89,32 +89,39 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         templates, coefficients = ctx.saved_tensors
-        tile = templates.shape[1]
-        of_templates: Tensor | None = None
-        of_coefficients = []
-        row = 0
-        for gradient, shape in zip(gradients, ctx.shapes, strict=True):
-            whole, rest = divmod(math.prod(shape), tile)
-            rows = coefficients[row : row + whole + (rest > 0)]
-            row += len(rows)
-            if gradient is None:
-                of_coefficients.append(torch.zeros_like(rows))
-                continue
-            flat = gradient.reshape(-1)
-            tiles = flat[: whole * tile].view(whole, tile)
-            if whole:
-                if of_templates is None:  # a first product is quicker than zeros to add it to
-                    of_templates = rows[:whole].T @ tiles
-                else:
-                    of_templates.addmm_(rows[:whole].T, tiles)
-                of_coefficients.append(tiles @ templates.T)
-            if rest:
-                end = flat[whole * tile :][None]
-                if of_templates is None:
-                    of_templates = torch.zeros_like(templates)
-                of_templates[:, :rest].addmm_(rows[whole:].T, end)
-                of_coefficients.append(end @ templates[:, :rest].T)
-        return of_templates, torch.cat(of_coefficients), None
+        with torch.autocast(templates.device.type, enabled=False):  # as in forward, by out=
+            return *_backward(templates, coefficients, ctx.shapes, gradients), None
+
+
+def _backward(
+    templates: Tensor, coefficients: Tensor, shapes: Shapes, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor]:
+    tile = templates.shape[1]
+    of_templates: Tensor | None = None
+    of_coefficients = []
+    row = 0
+    for gradient, shape in zip(gradients, shapes, strict=True):
+        whole, rest = divmod(math.prod(shape), tile)
+        rows = coefficients[row : row + whole + (rest > 0)]
+        row += len(rows)
+        if gradient is None:
+            of_coefficients.append(torch.zeros_like(rows))
+            continue
+        flat = gradient.reshape(-1)
+        tiles = flat[: whole * tile].view(whole, tile)
+        if whole:
+            if of_templates is None:  # a first product is quicker than zeros to add it to
+                of_templates = rows[:whole].T @ tiles
+            else:
+                of_templates.addmm_(rows[:whole].T, tiles)
+            of_coefficients.append(tiles @ templates.T)
+        if rest:
+            end = flat[whole * tile :][None]
+            if of_templates is None:
+                of_templates = torch.zeros_like(templates)
+            of_templates[:, :rest].addmm_(rows[whole:].T, end)
+            of_coefficients.append(end @ templates[:, :rest].T)
+    return of_templates, torch.cat(of_coefficients)
 
 
 def template_shapes(size: Size) -> dict[str, tuple[int, ...]]:

@@ -130,6 +130,22 @@ def test_runs_under_autocast():
         assert emitted(torch.randn(4, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["graph", "module"])
+def test_backward_may_run_under_autocast_too(way):
+    given = {"example_inputs": torch.randn(4, 8), "solver": "greedy", "emit": way}
+    emitted = npas_fx.transform(Model(), 0.5, **given)
+    templates = [p for name, p in emitted.named_parameters() if name.endswith("templates")]
+    value, gradients = torch.randn(4, 8), []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = emitted(value).float().square().sum()
+            if inside:
+                gradients.append(torch.autograd.grad(loss, templates))
+        if not inside:
+            gradients.append(torch.autograd.grad(loss, templates))
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
+
+
 def test_pickle_is_refused_with_the_way_to_do_it():
     with pytest.raises(TypeError, match=r"npas_fx\.save"):
         pickle.dumps(transform(Model()))
