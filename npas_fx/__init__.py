@@ -15,6 +15,7 @@ from npas_fx.api import (
 from npas_fx.errors import (
     BudgetError,
     CaptureError,
+    CaptureWarning,
     GuardError,
     InfeasibleBudgetError,
     NPASError,
@@ -33,6 +34,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CaptureError",
+    "CaptureWarning",
     "GuardError",
     "InfeasibleBudgetError",
     "Inventory",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from npas_fx import storage
 from npas_fx.build import build_banks, check_plan, give_birth
-from npas_fx.errors import NPASError, PlanError
+from npas_fx.errors import CaptureWarning, NPASError, PlanError, VerificationError
 from npas_fx.generators import Generator
 from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
@@ -75,6 +77,8 @@ def transform(
         on_guard: what a graph does where it was not captured for a call: ``"error"`` raises
             ``GuardError``, ``"fallback"`` runs the code of the model's class, which is then kept.
         verify: whether to run the original and the result on the example inputs, in both modes.
+            Where a graph computes something else, the model's own ``forward`` is called in its
+            stead, with a ``CaptureWarning``.
         seed: of the new banks.
 
     Returns:
@@ -91,20 +95,24 @@ def transform(
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
-    options = EmitOptions(emit=emit, on_guard=on_guard)
-    captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
-    rules = apply_rules(
-        captured.inventory,
-        include=include,
-        exclude=exclude,
-        keep_private=keep_private,
-        same_bank=same_bank,
-    )
-    chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
-    emitted = _emit(model, captured, chosen, generators, seed, options)
-    if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
-    return emitted
+
+    def make(options: EmitOptions) -> EmittedModule:
+        captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
+        rules = apply_rules(
+            captured.inventory,
+            include=include,
+            exclude=exclude,
+            keep_private=keep_private,
+            same_bank=same_bank,
+        )
+        chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
+        return _emit(model, captured, chosen, generators, seed, options)
+
+    def check(emitted: EmittedModule) -> None:
+        if verify and (example_inputs is not None or example_kwargs is not None):
+            run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
+
+    return _make_checked(make, check, EmitOptions(emit=emit, on_guard=on_guard))
 
 
 def plan(
@@ -205,11 +213,45 @@ def apply(
         CaptureError: as for ``transform``.
         VerificationError: as for ``transform``.
     """
-    options = EmitOptions(emit=emit, on_guard=on_guard)
-    captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
-    emitted = _emit(model, captured, plan, generators, seed, options)
-    if verify and (example_inputs is not None or example_kwargs is not None):
-        run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
+
+    def make(options: EmitOptions) -> EmittedModule:
+        captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
+        return _emit(model, captured, plan, generators, seed, options)
+
+    def check(emitted: EmittedModule) -> None:
+        if verify and (example_inputs is not None or example_kwargs is not None):
+            run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
+
+    return _make_checked(make, check, EmitOptions(emit=emit, on_guard=on_guard))
+
+
+def _make_checked(
+    make: Callable[[EmitOptions], EmittedModule],
+    check: Callable[[EmittedModule], None],
+    options: EmitOptions,
+) -> EmittedModule:
+    """Make a module; where a graph is not what the model's code is, one that calls the code.
+
+    Raises:
+        VerificationError: no graph is to blame.
+    """
+    emitted = make(options)
+    try:
+        check(emitted)
+    except VerificationError as err:
+        if options.emit == "module" or "" in emission_of(emitted).capture.leaves:
+            raise
+        try:
+            emitted = make(replace(options, calls_root=True))
+            check(emitted)
+        except NPASError:
+            raise err from None
+        warnings.warn(
+            f"a graph of the model computes something else than its code ({err}); its own forward "
+            "is called instead, so the result is right, but roles of weights are not known",
+            CaptureWarning,
+            stacklevel=4,
+        )
     return emitted
 
 
@@ -223,7 +265,7 @@ def _capture(
     given = _refuse_emitted(model), example_inputs, example_kwargs, more_examples
     if options.emit == "graph" and isinstance(model, nn.Module):
         refuse_changes_by_train(model)
-    return capture(*given, keeps_code=options.keeps_code)
+    return capture(*given, keeps_code=options.keeps_code, calls_root=options.calls_root)
 
 
 def _emit(

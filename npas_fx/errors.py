@@ -81,6 +81,10 @@ class VerificationError(NPASError):
     """The emitted module does not compute what the original computes with the same weights."""
 
 
+class CaptureWarning(UserWarning):
+    """A graph of the model computed something else, so that its own code is called instead."""
+
+
 class StorageError(NPASError):
     """A folder cannot be written, or does not hold what ``load`` needs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -518,3 +519,41 @@ def test_a_model_whose_own_forward_depends_on_the_mode(tmp_path):
     for other in others:
         assert torch.equal(other.eval()(x), shared.eval()(x))
         assert len(other.train()(x)) == 2
+
+
+class LooksAtItsType(nn.Module):
+    """Asks with ``type(…) is``, which nothing that stands for a value can answer."""
+
+    def __init__(self, factor=lambda: 1.0):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.factor = factor
+
+    def forward(self, batch):
+        y = self.b(self.a(batch["x"]).relu())
+        return y * self.factor() * (2 if type(batch) is dict else 3)
+
+
+@pytest.mark.parametrize("on_guard", ["error", "fallback"])
+def test_where_a_graph_is_wrong_the_code_is_called(on_guard, tmp_path):
+    model, batch = LooksAtItsType(), {"x": torch.randn(4, 6)}
+    how = {"example_inputs": (batch,), "on_guard": on_guard}
+    with pytest.warns(npas_fx.CaptureWarning, match="outputs in train mode"):
+        shared = npas_fx.transform(model, 0.6, **how)
+    other = {"x": torch.randn(7, 6)}
+    plain = npas_fx.materialize(shared)
+    torch.testing.assert_close(shared(other), plain(other), rtol=0, atol=0)
+    shared(other).sum().backward()
+    assert all(p.grad is not None for p in shared.parameters())
+    assert sum(p.numel() for p in shared.parameters()) == npas_fx.plan_of(shared).parameters
+    npas_fx.save(shared, tmp_path)
+    loaded = npas_fx.load(tmp_path, LooksAtItsType())
+    torch.testing.assert_close(loaded(other), shared(other), rtol=0, atol=0)
+
+
+def test_what_is_no_fault_of_a_graph_is_an_error():
+    """A model that gives something else each time is verified in no way."""
+    numbers = itertools.count(1)
+    model = LooksAtItsType(lambda: float(next(numbers)))
+    with pytest.raises(npas_fx.VerificationError, match="outputs in train mode"):
+        npas_fx.transform(model, 0.6, example_inputs=({"x": torch.randn(4, 6)},))

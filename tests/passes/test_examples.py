@@ -17,6 +17,7 @@ from comparison import assert_same, emit
 from npas_fx import CaptureError, GuardError
 from npas_fx.passes.capture import capture
 from npas_fx.passes.emitted import emission_of
+from npas_fx.verify import verify
 from two_layers import net, x
 
 
@@ -295,7 +296,7 @@ def test_an_example_on_which_the_model_fails_is_named():
 
 
 def test_further_examples_are_verified(monkeypatch):
-    """A graph that is wrong for one of them only is an error with its name."""
+    """Where a graph is wrong for one of them only, the model's code is called."""
     model = net(lambda self, x: self.run(x))
     forward = nn.Linear.forward
     plan = npas_fx.plan(model, 0.7, example_inputs=x())
@@ -305,10 +306,15 @@ def test_further_examples_are_verified(monkeypatch):
 
     monkeypatch.setattr(nn.Linear, "forward", wrong_for_five)
     npas_fx.apply(model, plan, example_inputs=x())
-    npas_fx.apply(model, plan, example_inputs=x(), more_examples=[x(6, 4), x(5, 4)], verify=False)
+    given = {"example_inputs": x(), "more_examples": [x(6, 4), x(5, 4)]}
+    npas_fx.apply(model, plan, **given, verify=False)
     match = r"more_examples\[1\]: outputs in train mode"
+    with pytest.warns(npas_fx.CaptureWarning, match=match):
+        emitted = npas_fx.apply(model, plan, **given)
+    torch.testing.assert_close(emitted(v := x(5, 4)), npas_fx.materialize(emitted)(v))
+    unchecked = npas_fx.apply(model, plan, **given, verify=False)
     with pytest.raises(npas_fx.VerificationError, match=match):
-        npas_fx.apply(model, plan, example_inputs=x(), more_examples=[x(6, 4), x(5, 4)])
+        verify(unchecked, model, x(), None, given["more_examples"])
 
 
 def test_examples_that_agree_change_nothing():
