@@ -48,7 +48,8 @@ INDUCTOR = {
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", ["residual_cnn", pytest.param("gpt", marks=pytest.mark.zoo)])
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", INDUCTOR)
 def test_inductor(name):
     found = compare(INDUCTOR[name], backend="inductor")
     assert found.is_whole

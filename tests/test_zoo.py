@@ -29,8 +29,12 @@ from zoo import ZOO
 from timm.layers import BatchNormAct2d  # isort: skip
 
 BUDGETS = (0.1, 0.5, 1.0, 2.0)
-# Those that take longest run beside the rest of the zoo.
-LARGE = ("resnet50", "hrnet_w18_small", "densenet121")
+# Those that take longest run beside the rest of the zoo, and their like at night.
+MARKS = {
+    **dict.fromkeys(("resnet50", "hrnet_w18_small", "densenet121"), pytest.mark.zoo),
+    **dict.fromkeys(("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"), pytest.mark.slow),
+    "efficientnet_b0": pytest.mark.slow,
+}
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 EXAMPLE_SIZE, BATCH_SIZE = 2, 3
@@ -64,7 +68,7 @@ class Case:
 @pytest.fixture(
     scope="module",  # pytest runs all tests of a case together, then drops it
     params=[
-        pytest.param((name, budget), marks=pytest.mark.zoo if name in LARGE else ())
+        pytest.param((name, budget), marks=MARKS.get(name, ()))
         for name in ZOO
         for budget in BUDGETS
     ],
