@@ -82,13 +82,15 @@ def test_a_failed_row_is_kept_and_the_next_run_goes_on(tmp_path):
     command = [sys.executable, run_zoo.__file__, "--rows", str(rows)]
     command += ["--only", "papers/gin", "papers/tabular_mlp", "--write", str(tmp_path / "page.md")]
     broken = {"name": "papers/gin", "error": "took more than 5 s"}
+    broken |= {"commit": "abc1234", "date": "2026-01-31"}
     rows.write_text(json.dumps(broken) + '\n{"name": "papers/tab')  # and one that was cut short
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["1/1 papers/tabular_mlp: ok"]
     assert run_zoo.read_rows(rows).keys() == {"papers/gin", "papers/tabular_mlp"}
     page = (tmp_path / "page.md").read_text()
     assert "| papers | 2 | 1 | 1, 1 | 0.000, 0.000 |" in page
-    assert "| gin | | | | | | fails: took more than 5 s |" in page
+    assert "| gin | | | | | | abc1234 | fails: took more than 5 s |" in page
+    assert f"abc1234 (2026-01-31), {run_zoo.current_commit()} (" in page
 
 
 def test_what_crashes_or_takes_too_long_has_a_row():
