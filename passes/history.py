@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from npas_fx.passes.python_state import contents_of, read_contents
+from npas_fx.passes.rebinding import kind_of
 from npas_fx.passes.rollback import RandomState
 from npas_fx.passes.skeleton import named_tensors
 
@@ -33,7 +34,7 @@ def forgets_calls(make: Callable[[], nn.Module], calls: Sequence[Call]) -> bool:
         with suppress(Exception):
             fresh[call] = _run(make(), call)
     root = make()
-    owned = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(root)]
+    owned = {name: (tensor, tensor.detach().clone()) for name, tensor in named_tensors(root)}
     for call in (*fresh, *reversed(fresh)):
         left = []
         for _ in range(2):
@@ -42,13 +43,23 @@ def forgets_calls(make: Callable[[], nn.Module], calls: Sequence[Call]) -> bool:
                     return False
             except Exception:
                 return False
-            with torch.no_grad():
-                for tensor, value in owned:  # one that was replaced by another stays so
-                    tensor.copy_(value)
+            _put_back(root, owned)
             left.append(read_contents(root))
         if left[0] != left[1]:
             return False
     return bool(fresh)
+
+
+@torch.no_grad()
+def _put_back(root: nn.Module, owned: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put parameters and buffers back; a buffer of another kind may be a cache, and stays."""
+    now = dict(named_tensors(root))
+    for name, (tensor, value) in owned.items():
+        tensor.copy_(value)
+        bound = now.get(name)
+        if bound is not None and bound is not tensor and kind_of(bound) == kind_of(tensor):
+            path, _, attribute = name.rpartition(".")
+            root.get_submodule(path)._buffers[attribute] = tensor
 
 
 @torch.no_grad()

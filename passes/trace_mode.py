@@ -94,10 +94,10 @@ def _trace_twice(
         for kept in [owned[id(module)]]
         if _is_cache(vars(module).get(name), kept.get(name))
     ]
-    if caches and forgets_calls():
-        for module, name, kept in caches:
-            _put_back(module, name, kept)
-        left = _read(work)
+    caches = caches if caches and forgets_calls() else []
+    for module, name, kept in caches:
+        _put_back(module, name, kept)
+    left = _read(work)
     if (bound := caches_bound_by(trace.graph)) and not forgets_calls():
         why = "it binds a buffer to another tensor, and earlier calls may make a difference"
         raise UntraceableError({name.rpartition(".")[0]: why for name in bound})
@@ -105,6 +105,8 @@ def _trace_twice(
         return trace, []
     # What a call leaves on its modules is harmless only where no later call reads it.
     again = trace_once()
+    for module, name, kept in caches:
+        _put_back(module, name, kept)
     if again.failed.keys() != trace.failed.keys():
         raise UntraceableError({**trace.failed, **again.failed})
     now = _read(work)

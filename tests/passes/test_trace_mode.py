@@ -254,9 +254,32 @@ def test_buffers_are_put_back_and_attributes_are_not():
         self.total = self.total + value
         return self.total
 
+    def replaces_it_by_another_kind(self, value):
+        self.total = self.total.reshape(-1) + value
+        return self.total
+
     assert forgets(adds_up_in_a_buffer)
+    assert forgets(replaces_a_buffer)
     assert not forgets(adds_up_in_an_attribute)
-    assert not forgets(replaces_a_buffer)
+    assert not forgets(replaces_it_by_another_kind)
+
+
+def test_a_cache_beside_what_is_kept_for_the_user(check):
+    def forward(self, value):
+        self.last = keeps_a_mask(self, value)
+        return self.last * 2
+
+    assert not capture(caching(forward), sequences()).leaves
+    check(caching(forward), sequences(), others=[(sequences(4, 6),)])
+
+
+def test_a_cache_beside_a_buffer_that_is_bound_anew(check):
+    def forward(self, value):
+        self.count = 0.9 * self.count + 0.1 * value.detach().mean()
+        return keeps_a_mask(self, value) + self.count
+
+    assert not capture(caching(forward), sequences()).leaves
+    check(caching(forward), sequences(), others=[(sequences(4, 6),)])
 
 
 def test_what_a_call_leaves_in_buffers_counts_like_what_it_gives():
