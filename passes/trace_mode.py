@@ -92,7 +92,8 @@ def _trace_twice(
         for path, name in _changed(before, left)
         for module in [work.get_submodule(path)]
         for kept in [owned[id(module)]]
-        if _is_cache(vars(module).get(name), kept.get(name))
+        # What a called module may set was taken out, and is no cache.
+        if name in vars(module) and _is_cache(vars(module)[name], kept.get(name))
     ]
     caches = caches if caches and forgets_calls() else []
     for module, name, kept in caches:
