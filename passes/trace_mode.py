@@ -124,8 +124,14 @@ def _trace_twice(
     if _lines(again.graph) != _lines(trace.graph):
         path = _first_difference(trace.graph, again.graph)
         raise UntraceableError({path: "it reads what an earlier call left on it"})
-    new = _changed(before, left)
-    return trace, [path for path, name in new if not name.startswith(_CONSTANT)]
+    new = []
+    for path, name in _changed(before, left):
+        module = work.get_submodule(path)
+        if name not in vars(module):  # taken out, since a called module may set it
+            _put_back(module, name, owned[id(module)])
+        elif not name.startswith(_CONSTANT):
+            new.append(path)
+    return trace, new
 
 
 def _refuse_hand_over(
