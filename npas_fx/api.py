@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from npas_fx import storage
 from npas_fx.build import build_banks, check_plan, give_birth
 from npas_fx.errors import CaptureWarning, NPASError, PlanError, VerificationError
+from npas_fx.find_wrong import find_wrong_modules
 from npas_fx.generators import Generator
 from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
@@ -27,6 +28,10 @@ from npas_fx.rules import Pattern, Patterns, apply_rules
 from npas_fx.solvers import Solver
 from npas_fx.verify import all_weights, generate
 from npas_fx.verify import verify as run_oracle
+
+_Examples: TypeAlias = tuple[Any, Mapping[str, Any] | None, Sequence[Any]]
+# Of verification; after the last the model's own forward is called.
+_MOST_ROUNDS = 3
 
 
 @torch.inference_mode(False)  # what it makes must be trainable
@@ -77,8 +82,8 @@ def transform(
         on_guard: what a graph does where it was not captured for a call: ``"error"`` raises
             ``GuardError``, ``"fallback"`` runs the code of the model's class, which is then kept.
         verify: whether to run the original and the result on the example inputs, in both modes.
-            Where a graph computes something else, the model's own ``forward`` is called in its
-            stead, with a ``CaptureWarning``.
+            Where a graph computes something else, the modules at fault are called as they are, at
+            last the model itself, with a ``CaptureWarning``.
         seed: of the new banks.
 
     Returns:
@@ -108,11 +113,11 @@ def transform(
         chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
         return _emit(model, captured, chosen, generators, seed, options)
 
-    def check(emitted: EmittedModule) -> None:
-        if verify and (example_inputs is not None or example_kwargs is not None):
-            run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
-
-    return _make_checked(make, check, EmitOptions(emit=emit, on_guard=on_guard))
+    options = EmitOptions(emit=emit, on_guard=on_guard)
+    if not verify or (example_inputs is None and example_kwargs is None):
+        return make(options)
+    examples = example_inputs, example_kwargs, more_examples
+    return _make_verified(make, model, examples, seed, options)
 
 
 def plan(
@@ -218,41 +223,60 @@ def apply(
         captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
         return _emit(model, captured, plan, generators, seed, options)
 
-    def check(emitted: EmittedModule) -> None:
-        if verify and (example_inputs is not None or example_kwargs is not None):
-            run_oracle(emitted, model, example_inputs, example_kwargs, more_examples, seed=seed)
+    options = EmitOptions(emit=emit, on_guard=on_guard)
+    if not verify or (example_inputs is None and example_kwargs is None):
+        return make(options)
+    examples = example_inputs, example_kwargs, more_examples
+    return _make_verified(make, model, examples, seed, options)
 
-    return _make_checked(make, check, EmitOptions(emit=emit, on_guard=on_guard))
 
-
-def _make_checked(
+def _make_verified(
     make: Callable[[EmitOptions], EmittedModule],
-    check: Callable[[EmittedModule], None],
+    model: nn.Module,
+    examples: _Examples,
+    seed: int,
     options: EmitOptions,
 ) -> EmittedModule:
-    """Make a module; where a graph is not what the model's code is, one that calls the code.
+    """Make a module; where a graph is not what the model's code is, one that calls that code.
+
+    The modules that are found to be wrong are called first, at last the model's own ``forward``.
 
     Raises:
         VerificationError: no graph is to blame.
     """
-    emitted = make(options)
-    try:
-        check(emitted)
-    except VerificationError as err:
+    emitted, blamed, rounds = make(options), None, 0
+    while (error := _find_error(emitted, model, examples, seed)) is not None:
+        blamed, rounds = blamed or error, rounds + 1
         if options.emit == "module" or "" in emission_of(emitted).capture.leaves:
-            raise
+            raise blamed
+        wrong = find_wrong_modules(emitted, model, *examples, seed=seed)
+        more = sorted(wrong) if rounds < _MOST_ROUNDS else []
+        options = replace(options, calls=(*options.calls, *more) if more else ("",))
         try:
-            emitted = make(replace(options, calls_root=True))
-            check(emitted)
+            emitted = make(options)
         except NPASError:
-            raise err from None
+            raise blamed from None
+    if blamed is not None:
+        is_whole = options.calls == ("",)
+        called = "its own forward" if is_whole else ", ".join(options.calls)
         warnings.warn(
-            f"a graph of the model computes something else than its code ({err}); its own forward "
-            "is called instead, so the result is right, but roles of weights are not known",
+            f"a graph of the model computes something else than its code ({blamed}); {called} "
+            f"{'is' if len(options.calls) == 1 else 'are'} called instead, so the result is right"
+            f"{', but roles of weights are not known' if is_whole else ''}",
             CaptureWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return emitted
+
+
+def _find_error(
+    emitted: EmittedModule, model: nn.Module, examples: _Examples, seed: int
+) -> VerificationError | None:
+    try:
+        run_oracle(emitted, model, *examples, seed=seed)
+    except VerificationError as err:
+        return err
+    return None
 
 
 def _capture(
@@ -265,7 +289,7 @@ def _capture(
     given = _refuse_emitted(model), example_inputs, example_kwargs, more_examples
     if options.emit == "graph" and isinstance(model, nn.Module):
         refuse_changes_by_train(model)
-    return capture(*given, keeps_code=options.keeps_code, calls_root=options.calls_root)
+    return capture(*given, keeps_code=options.keeps_code, calls=options.calls)
 
 
 def _emit(

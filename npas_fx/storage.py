@@ -114,7 +114,8 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
 
 def read_options(folder: str | os.PathLike[str]) -> EmitOptions:
     """Read how the module in a folder was emitted."""
-    return EmitOptions(**json.loads(_read_text(Path(folder) / CAPTURE)).get("options", {}))
+    saved = json.loads(_read_text(Path(folder) / CAPTURE)).get("options", {})
+    return EmitOptions(**{**saved, "calls": tuple(saved.get("calls", ()))})
 
 
 def read_inputs(

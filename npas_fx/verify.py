@@ -81,7 +81,7 @@ def verify(
     )
 
 
-def _copy_inputs(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def copy_inputs(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy the inputs of an example, which a model may change.
 
     Autograd also takes the copy of a tensor that was made in inference mode, but not the tensor.
@@ -106,9 +106,9 @@ def _compare(
     mode = "train" if is_training else "eval"
 
     def run_original(noise: float, with_gradients: bool) -> tuple[Any, _Gradients, _Buffers]:
-        owner = _copy_with_noise(shared, noise, seed)
+        owner = copy_with_noise(shared, noise, seed)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        args, kwargs = _copy_inputs(example)
+        args, kwargs = copy_inputs(example)
 
         def call() -> Any:
             tensors = {**all_weights(owner, generate(owner)), **buffers}
@@ -121,7 +121,7 @@ def _compare(
             buffers.update(reference.named_buffers(remove_duplicate=False))
             return output
 
-        return *_run(call, owner, seed, with_gradients), buffers
+        return *run(call, owner, seed, with_gradients), buffers
 
     def try_original(noise: float) -> tuple[Any, _Gradients, _Buffers]:
         try:
@@ -139,25 +139,23 @@ def _compare(
     if not _is_finite(expected[0]):  # some parameter must not be moved, in a logarithm, say
         noise = 0.0
         *expected, buffers = try_original(noise)
-    emitted = _copy_with_noise(shared, noise, seed).train(is_training)
-    args, kwargs = _copy_inputs(example)
+    emitted = copy_with_noise(shared, noise, seed).train(is_training)
+    args, kwargs = copy_inputs(example)
     with_gradients = expected[1] is not None
-    output, gradients = _run(lambda: emitted(*args, **kwargs), emitted, seed, with_gradients)
+    output, gradients = run(lambda: emitted(*args, **kwargs), emitted, seed, with_gradients)
     owned = dict(emitted.named_buffers(remove_duplicate=False))
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     updated = {name: owned[name] for name in owned.keys() & (names | buffers.keys())}
     return Comparison(
         example=example.name,
         mode=mode,
-        outputs=_difference(f"{example.name}: outputs in {mode} mode", output, expected[0], 0),
-        gradients=_difference(
-            f"{example.name}: gradients in {mode} mode", gradients, expected[1], 1
-        ),
-        buffers=_difference(f"{example.name}: buffers in {mode} mode", updated, buffers, 0),
+        outputs=compare(f"{example.name}: outputs in {mode} mode", output, expected[0], 0),
+        gradients=compare(f"{example.name}: gradients in {mode} mode", gradients, expected[1], 1),
+        buffers=compare(f"{example.name}: buffers in {mode} mode", updated, buffers, 0),
     )
 
 
-def _copy_with_noise(shared: EmittedModule, noise: float, seed: int) -> EmittedModule:
+def copy_with_noise(shared: EmittedModule, noise: float, seed: int) -> EmittedModule:
     """Copy a module, and add noise to vectors, and to weights that are all but constant.
 
     Layers that start at zero, or nearly so, hide all that stands behind them: the last norm of a
@@ -204,7 +202,7 @@ _Buffers: TypeAlias = dict[str, Tensor]
 _Gradients: TypeAlias = dict[str, Tensor] | None
 
 
-def _run(
+def run(
     call: Callable[[], Any], owner: nn.Module, seed: int, with_gradients: bool
 ) -> tuple[Any, _Gradients]:
     """Output, and gradients of all trainable parameters of the owner where they are wanted."""
@@ -246,7 +244,21 @@ def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
 
-def _difference(what: str, got: Any, expected: Any, kind: int) -> float:
+def compare(what: str, got: Any, expected: Any, kind: int) -> float:
+    """Compare two structures of tensors.
+
+    Args:
+        what: they are, for the message.
+        got: of the emitted module.
+        expected: of the original.
+        kind: 0 for outputs, 1 for gradients, which may differ more.
+
+    Returns:
+        The largest difference, as a share of the largest entry.
+
+    Raises:
+        VerificationError: they differ by more than the tolerance.
+    """
     leaves, expected_leaves = dict(_leaves(got)), dict(_leaves(expected))
     if leaves.keys() != expected_leaves.keys():
         differing = sorted(leaves.keys() ^ expected_leaves.keys())

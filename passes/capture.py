@@ -104,7 +104,7 @@ def capture(
     more_examples: Sequence[Any] = (),
     *,
     keeps_code: bool = False,
-    calls_root: bool = False,
+    calls: Collection[str] = (),
 ) -> Capture:
     """Turn a model into a graph and an inventory; the model is not run and not changed.
 
@@ -119,7 +119,7 @@ def capture(
         more_examples: further ones; see ``read_examples``.
         keeps_code: whether the model's own code is to run on generated weights; what it reads
             behind torch's back, or changes in place, then stays plain.
-        calls_root: whether nothing is traced, and the model's own ``forward`` is called.
+        calls: paths of modules that stay calls whatever could be traced of them.
 
     Raises:
         CaptureError: the model is none that could be captured: a wrapper, uninitialised, or alike;
@@ -137,7 +137,7 @@ def capture(
         "more_examples": [dict(item) for item in more_examples] if by_name else more_examples,
     }
     inputs = hold_inputs(arguments, device_of(model))
-    reasons = {"": "a graph of it computed something else"} if calls_root else {}
+    reasons = dict.fromkeys(calls, "a graph of it computed something else")
     while True:
         try:
             return _capture_with(model, skeleton, call, reasons, probes, inputs, keeps_code)

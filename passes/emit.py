@@ -91,13 +91,14 @@ def emit(
     elif banks:
         module.add_module(prefix, owner)
     if options.emit == "graph":
-        _register_constants(module, capture.constants)
+        register_constants(module, capture.constants)
     emission = Emission(plan=plan, capture=capture, banks=prefix, bank_of=bank_of, options=options)
     note_emission(module, emission)
     return module
 
 
-def _register_constants(module: EmittedModule, constants: Mapping[str, Tensor]) -> None:
+def register_constants(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Give a module the tensors that a graph reads and that are no parameters or buffers."""
     for path, constant in constants.items():
         path, _, name = path.rpartition(".")
         owner = module.get_submodule(path)

@@ -24,12 +24,13 @@ class EmitOptions:
         emit: ``"graph"``, or ``"module"`` for the user's own class over the banks.
         on_guard: of a graph, what it does where it was not captured for a call: ``"error"``, or
             ``"fallback"`` to the code of the user's class.
-        calls_root: whether there is no graph, and the model's own ``forward`` is called.
+        calls: paths of modules that are called whatever could be traced of them; the root (``""``)
+            for the model's own ``forward``.
     """
 
     emit: str = "graph"
     on_guard: str = "error"
-    calls_root: bool = False
+    calls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, values in (("emit", ("graph", "module")), ("on_guard", ("error", "fallback"))):

@@ -38,6 +38,9 @@ from npas_fx.passes.skeleton import named_tensors
 from npas_fx.passes.tried_numbers import TriedNumbers
 from npas_fx.passes.value_types import MadeTypes, takes_part
 
+# In the meta of a node: the results of traced calls that it is, each with the path of the module, the
+# number of the call, and its place in what that returns.
+RESULTS = "results"
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
 
 
@@ -123,6 +126,7 @@ class Tracer(fx.Tracer):
         self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
+        self._num_traced = 0  # calls of modules
         self._objects: dict[int, fx.Node | None] = {}
         self.numbers = TriedNumbers(self)
         self.conditions = Conditions()
@@ -261,7 +265,7 @@ class Tracer(fx.Tracer):
                 )
             return forward(*args, **kwargs)  # made in forward, like nn.Softmax(dim=1)(x)
         path = self.path_of_module(m)
-        if any(isinstance(value, nn.Module) for value in _leaves((args, kwargs))):
+        if any(isinstance(value, nn.Module) for value in leaves_of((args, kwargs))):
             self._handed_others.add(m)
         is_leaf = self.is_leaf_module(m, path)
         if not is_leaf and (m._backward_hooks or m._backward_pre_hooks):
@@ -286,8 +290,12 @@ class Tracer(fx.Tracer):
                 raise self.refusal(why) from err
             return self._call_leaf(m, forward, args, kwargs)
         called = self._asked.pop()
-        if not all(value is None or isinstance(value, fx.Proxy) for value in _leaves(result)):
+        if not all(value is None or isinstance(value, fx.Proxy) for value in leaves_of(result)):
             asked |= called  # a constant may follow a flag that the call has read
+        self._num_traced += 1
+        for place, value in enumerate(leaves_of(result)):
+            if isinstance(value, fx.Proxy):
+                value.node.meta.setdefault(RESULTS, []).append((path, self._num_traced, place))
         return result
 
     def _call_leaf(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -583,7 +591,7 @@ class Tracer(fx.Tracer):
         return self.create_node("call_function", kind, (super().create_arg(plain),), {})
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves_of(value: Any) -> Iterator[Any]:
     """What is in a value of containers; these may be of types that cannot be made anew."""
     if isinstance(value, (list, tuple)):
         inside: Iterable[Any] = value
@@ -595,4 +603,4 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
         return
     for item in inside:
-        yield from _leaves(item)
+        yield from leaves_of(item)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import npas_fx
 from models import MLP, MODELS, loss_of
 from npas_fx import Budget, BudgetError, InfeasibleBudgetError, NPASError, Plan, plan_of, transform
+from npas_fx.passes.emitted import emission_of
 from oracle import banks_of, count_trainable, generated, same_tensors, seeded
 from strategies import BudgetSpec, NetworkSpec, PartSpec, budgets, networks
 
@@ -549,6 +550,69 @@ def test_where_a_graph_is_wrong_the_code_is_called(on_guard, tmp_path):
     npas_fx.save(shared, tmp_path)
     loaded = npas_fx.load(tmp_path, LooksAtItsType())
     torch.testing.assert_close(loaded(other), shared(other), rtol=0, atol=0)
+
+
+class Blocks(nn.Module):
+    """Hands its dict to blocks of the classes given, between two plain layers."""
+
+    def __init__(self, *kinds):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, batch):
+        x = self.stem(batch["x"])
+        for block in self.blocks:
+            x = x.tanh() + block(batch)
+        return self.head(x)
+
+
+class LooksRight(LooksAtItsType):
+    def forward(self, batch):
+        return self.b(self.a(batch["x"]).relu())
+
+
+class LooksElsewhere(LooksAtItsType):
+    """Wrong in eval mode only."""
+
+    def forward(self, batch):
+        y = self.b(self.a(batch["x"]).relu())
+        return y if self.training or type(batch) is dict else -y
+
+
+class LooksOften(LooksAtItsType):
+    def forward(self, batch):
+        return [3 * super().forward(batch)][0]
+
+
+def test_the_smallest_modules_that_are_wrong_are_called(tmp_path):
+    model = Blocks(LooksRight, LooksAtItsType, LooksRight, LooksAtItsType)
+    batch, other = {"x": torch.randn(4, 6)}, {"x": torch.randn(7, 6)}
+    with pytest.warns(npas_fx.CaptureWarning, match=r"blocks\.1, blocks\.3 are called instead"):
+        shared = npas_fx.transform(model, 0.6, example_inputs=(batch,))
+    assert sorted(emission_of(shared).capture.leaves) == ["blocks.1", "blocks.3"]
+    plain = npas_fx.materialize(shared)
+    torch.testing.assert_close(shared(other), plain(other))
+    npas_fx.save(shared, tmp_path)
+    loaded = npas_fx.load(tmp_path, copy.deepcopy(model))
+    torch.testing.assert_close(loaded(other), shared(other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "called"),
+    [
+        ((LooksElsewhere, LooksRight), r"blocks\.0 is called"),
+        ((LooksAtItsType, LooksRight, LooksElsewhere), r"blocks\.0, blocks\.2 are called"),
+        ((LooksAtItsType, LooksElsewhere, LooksOften), "its own forward is called"),
+    ],
+)
+def test_one_class_at_a_time_and_at_last_the_model_is_called(kinds, called):
+    model, batch = Blocks(*kinds), {"x": torch.randn(4, 6)}
+    with pytest.warns(npas_fx.CaptureWarning, match=called):
+        shared = npas_fx.transform(model, 0.6, example_inputs=(batch,))
+    plain = npas_fx.materialize(shared)
+    for mode in (True, False):
+        torch.testing.assert_close(shared.train(mode)(batch), plain.train(mode)(batch))
 
 
 def test_what_is_no_fault_of_a_graph_is_an_error():
