@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quality.data import FILE_OF, DataError, find_file
-from quality.execute import execute
+from quality.execute import execute_together
 from quality.lists import LISTS
 from quality.methods import METHODS
 from quality.records import Row, Run, append_row, mend, read_rows, unfinished
@@ -46,6 +46,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="stop after so many runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run, on a CPU")
+    parser.add_argument("--device", help="other than the recipe's, such as cuda")
+    parser.add_argument(
+        "--together", type=int, default=1, help="runs at a time of each worker, for a GPU"
+    )
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -109,10 +113,15 @@ def _execute_all(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tupl
     with ProcessPoolExecutor(
         args.workers, context, initializer=_start_worker, initargs=(args.threads,)
     ) as pool:
-        futures = {pool.submit(_try, run, args.data_dir, args.cache_dir): run for run in runs}
+        futures = {
+            pool.submit(_try, part, args.data_dir, args.cache_dir, args.device): part
+            for part in (
+                runs[first : first + args.together] for first in range(0, len(runs), args.together)
+            )
+        }
         try:
             for future in as_completed(futures):
-                yield futures.pop(future), future.result()
+                yield from zip(futures.pop(future), future.result(), strict=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -130,11 +139,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _try(run: Run, data_dir: Path, cache_dir: Path) -> Row | str:
-    try:
-        return execute(run, data_dir, cache_dir)
-    except Exception:  # one method that fails must not cost the other runs
-        return traceback.format_exc()
+def _try(
+    runs: Sequence[Run], data_dir: Path, cache_dir: Path, device: str | None
+) -> list[Row | str]:
+    return [
+        row if isinstance(row, Row) else "".join(traceback.format_exception(row))
+        for row in execute_together(runs, data_dir, cache_dir, device)
+    ]
 
 
 if __name__ == "__main__":

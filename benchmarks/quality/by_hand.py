@@ -17,7 +17,7 @@ from quality.contestant import (
 )
 from quality.generated import Generated, LowRank, Overparameterized, Rescaled
 from quality.ssn import FlatBanks, SearchBank, cluster, split_budget
-from quality.training import fit
+from quality.training import Training, fit
 
 SSN_GROUPS = 4
 
@@ -138,12 +138,14 @@ def _search_groups(
     search = SearchBank(shapes, sum(map(math.prod, shapes.values())), random)
     weights = Rescaled(search, {name: given.model.get_parameter(name) for name in shapes})
     fit(
-        Generated(given.model, weights, tuple(shapes)).to(given.task.recipe.device),
-        given.task,
-        steps=max(1, round(0.15 * given.steps)),
-        seed=given.seed,
-        rates=given.rates,
-        coefficients=search.coefficients(),
+        Training(
+            module=Generated(given.model, weights, tuple(shapes)).to(given.task.recipe.device),
+            task=given.task,
+            steps=max(1, round(0.15 * given.steps)),
+            seed=given.seed,
+            rates=given.rates,
+            coefficients=search.coefficients(),
+        )
     )
     number = min(SSN_GROUPS, len(shapes))
     return cluster(search.raw_coefficients(), list(shapes), number, given.seed)

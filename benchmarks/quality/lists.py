@@ -24,6 +24,7 @@ BASELINES_ABOVE = ("overparameterized", "one_bank", "random_groups", "ssn")
 # Of trials: seeds and, for each method, learning rates and decays, as multiples of the recipe's.
 TRIAL_SEEDS = (100, 101, 102)
 TRIAL_RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.2))
+GROUPINGS = ("runs", "place", "role", "shape", "kind")
 TRIAL_SHARE = 0.3  # of the recipe's steps
 # Learning rate of coefficients, from the list of that name: of all methods that have some.
 MIXING = ("ours", "one_bank", "random_groups", "ssn")
@@ -89,7 +90,7 @@ def list_trials(task: str) -> Iterator[Run]:
                 TRIAL_SEEDS[0],
                 rates=rates,
                 share_of_steps=TRIAL_SHARE,
-                **_rate_of_coefficients(task, method, budget),
+                **(_rate_of_coefficients(task, budget) if method in MIXING else {}),
             )
 
 
@@ -112,22 +113,36 @@ def list_generators(task: str) -> Iterator[Run]:
     """Which generators the solver may choose from."""
     for seed in TRIAL_SEEDS:
         for budget in BELOW:
-            for generators in (["tied", "wavg"], ["wavg"]):
-                yield make_run("generators", task, "ours", budget, seed, generators=generators)
+            for generators in (None, ["tied", "wavg"], ["wavg"]):
+                options: dict[str, Any] = {"generators": generators} if generators else {}
+                yield _make_like_ours("generators", task, "ours", budget, seed, **options)
 
 
 def list_templates(task: str) -> Iterator[Run]:
     """Few templates for few weights, or many for many: the same number of parameters."""
     for seed in TRIAL_SEEDS:
-        for by in ("runs", "place", "role", "shape", "kind"):
-            yield make_run("templates", task, "groups", 0.25, seed, by=by)
+        for budget in BELOW:
+            for by in GROUPINGS:
+                yield _make_like_ours("templates", task, "groups", budget, seed, by=by)
+
+
+def list_above(task: str) -> Iterator[Run]:
+    """Which weights share where there are more parameters than the network has."""
+    for seed in TRIAL_SEEDS:
+        for method in ("plain", "overparameterized", "ours"):
+            budget = 1.0 if method == "plain" else 2.0
+            yield _make_like_ours("above", task, method, budget, seed)
+        for by in GROUPINGS:
+            for rate in (1.0, 5.0):
+                options: dict[str, Any] = {"by": by, "coefficient_lr": rate}
+                yield _make_like_ours("above", task, "groups", 2.0, seed, **options)
 
 
 def list_prices(task: str) -> Iterator[Run]:
     """Forty random plans at each of three budgets, trained briefly."""
     for draw in range(40):
         for budget in BELOW:
-            yield make_run(
+            yield _make_like_ours(
                 "prices",
                 task,
                 "random_plan",
@@ -135,8 +150,32 @@ def list_prices(task: str) -> Iterator[Run]:
                 TRIAL_SEEDS[0],
                 share_of_steps=TRIAL_SHARE,
                 draw=draw,
-                **_rate_of_coefficients(task, "ours", budget),
             )
+
+
+def _make_like_ours(
+    study: str,
+    task: str,
+    method: str,
+    budget: float,
+    seed: int,
+    *,
+    share_of_steps: float = 1.0,
+    **options: object,
+) -> Run:
+    """A run at the rates that this method, or else ours, has in the results."""
+    rates = CHOSEN_RATES.get((task, method), CHOSEN_RATES.get((task, "ours"), (1.0, 1.0)))
+    own = {} if method in ("plain", "overparameterized") else _rate_of_coefficients(task, budget)
+    return make_run(
+        study,
+        task,
+        method,
+        budget,
+        seed,
+        rates=rates,
+        share_of_steps=share_of_steps,
+        **{**own, **options},
+    )
 
 
 def list_results(task: str) -> Iterator[Run]:
@@ -147,15 +186,16 @@ def list_results(task: str) -> Iterator[Run]:
         for method, budget in (("plain", 1.0), *below, *above, ("ours", 1.0)):
             trained_as = "plain" if budget == 1 else method  # at 100 % ours is the plain network
             rates = CHOSEN_RATES.get((task, trained_as), (1.0, 1.0))
-            own = _rate_of_coefficients(task, method, budget)
+            own = _rate_of_coefficients(task, budget) if method in MIXING else {}
             yield make_run(
                 "results", task, method, budget, seed, rates=rates, reads_test=True, **own
             )
 
 
-def _rate_of_coefficients(task: str, method: str, budget: float) -> dict[str, Any]:
-    has_some = method in MIXING and budget != 1  # at 100 % all is dedicated
-    return {"coefficient_lr": COEFFICIENT_LR[task]} if has_some and task in COEFFICIENT_LR else {}
+def _rate_of_coefficients(task: str, budget: float) -> dict[str, Any]:
+    """Options of methods whose weights are mixed; at 100 % ours mixes none."""
+    has_some = budget != 1 and task in COEFFICIENT_LR
+    return {"coefficient_lr": COEFFICIENT_LR[task]} if has_some else {}
 
 
 LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
@@ -163,6 +203,7 @@ LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
     "coefficients": list_coefficients,
     "generators": list_generators,
     "templates": list_templates,
+    "above": list_above,
     "prices": list_prices,
     "results": list_results,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from quality.data import Pictures, Text, read_pictures, read_text
 from quality.models import CifarResNet, Decoder
 
 Batch = tuple[Tensor, Tensor]
+Drawn = tuple[Tensor, ...]
 
 # For what is read again and again, if the user names no other place.
 CACHE_DIR = Path(gettempdir()) / "npas_fx_quality"
@@ -79,8 +81,11 @@ class Task(Protocol):
     def make(self, width: int, depth: int) -> nn.Module:
         """Make a plain network with the default generator of random numbers."""
 
-    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Draw batches to train on."""
+    def draw(self, steps: int, seed: int) -> Iterator[Drawn]:
+        """Draw on the CPU what each batch is made from; all of one shape."""
+
+    def make_batch(self, drawn: Drawn) -> Batch:
+        """Make a batch on the task's device from what was drawn, which is there too."""
 
     def score(self, module: nn.Module, split: str) -> tuple[float, float]:
         """Measure mean cross entropy in nats and accuracy, in eval mode."""
@@ -117,17 +122,22 @@ class Characters:
             context=self.context,
         )
 
-    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Cut pieces out of the training text at random places."""
-        train = self.text.splits["train"].to(self.recipe.device)
+    @cached_property
+    def _train(self) -> Tensor:
+        return self.text.splits["train"].to(self.recipe.device)
+
+    def draw(self, steps: int, seed: int) -> Iterator[Drawn]:
+        """Draw random places in the training text."""
         random = torch.Generator().manual_seed(seed)
-        offsets = torch.arange(self.context + 1)
+        last = len(self._train) - self.context
         for _ in range(steps):
-            starts = torch.randint(
-                len(train) - self.context, (self.recipe.batch_size, 1), generator=random
-            )
-            pieces = train[(starts + offsets).to(train.device)]
-            yield pieces[:, :-1], pieces[:, 1:]
+            yield (torch.randint(last, (self.recipe.batch_size, 1), generator=random),)
+
+    def make_batch(self, drawn: Drawn) -> Batch:
+        """Cut out the pieces that start there."""
+        (starts,) = drawn
+        pieces = self._train[starts + torch.arange(self.context + 1, device=starts.device)]
+        return pieces[:, :-1], pieces[:, 1:]
 
     def score(self, module: nn.Module, split: str) -> tuple[float, float]:
         """Read the whole split in pieces that follow each other, each without what came before."""
@@ -171,25 +181,34 @@ class Cifar:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return made
 
-    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Draw pictures epoch by epoch, each shifted by up to 4 pixels and perhaps mirrored."""
+    @cached_property
+    def _train(self) -> tuple[Tensor, Tensor]:
+        """Pictures with a rim of 4 pixels, and labels."""
         pictures, labels = (
             tensor.to(self.recipe.device) for tensor in self.pictures.splits["train"]
         )
-        padded = functional.pad(pictures, (4, 4, 4, 4))
+        return functional.pad(pictures, (4, 4, 4, 4)), labels
+
+    def draw(self, steps: int, seed: int) -> Iterator[Drawn]:
+        """Draw pictures epoch by epoch, shifts by up to 4 pixels, and which to mirror."""
         random = torch.Generator().manual_seed(seed)
         size = self.recipe.batch_size
         order = torch.empty(0, dtype=torch.long)
-        rows = torch.arange(32, device=padded.device)
         for _ in range(steps):
             if len(order) < size:
-                order = torch.randperm(len(labels), generator=random)
-            chosen, order = order[:size].to(padded.device), order[size:]
-            shift = torch.randint(9, (2, size, 1), generator=random).to(padded.device)
-            is_mirrored = torch.rand(size, 1, generator=random).to(padded.device) < 0.5
-            columns = torch.where(is_mirrored, rows.flip(0), rows) + shift[1]
-            cut = padded[chosen[:, None, None], :, (rows + shift[0])[:, :, None], columns[:, None]]
-            yield self._normalize(cut.permute(0, 3, 1, 2)), labels[chosen]
+                order = torch.randperm(len(self._train[1]), generator=random)
+            chosen, order = order[:size], order[size:]
+            shift = torch.randint(9, (2, size, 1), generator=random)
+            yield chosen, shift, torch.rand(size, 1, generator=random) < 0.5
+
+    def make_batch(self, drawn: Drawn) -> Batch:
+        """Cut the shifted, perhaps mirrored pictures out of the padded ones."""
+        chosen, shift, is_mirrored = drawn
+        padded, labels = self._train
+        rows = torch.arange(32, device=padded.device)
+        columns = torch.where(is_mirrored, rows.flip(0), rows) + shift[1]
+        cut = padded[chosen[:, None, None], :, (rows + shift[0])[:, :, None], columns[:, None]]
+        return self._normalize(cut.permute(0, 3, 1, 2)), labels[chosen]
 
     def score(self, module: nn.Module, split: str) -> tuple[float, float]:
         """Look at all pictures of the split as they are."""
@@ -203,15 +222,27 @@ class Cifar:
         )
         return _score(module, pairs, self.recipe)
 
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            moment.to(self.recipe.device) for moment in (self.pictures.mean, self.pictures.std)
+        )
+        return mean[:, None, None], std[:, None, None]
+
     def _normalize(self, pictures: Tensor) -> Tensor:
-        mean = self.pictures.mean.to(pictures.device)[:, None, None]
-        std = self.pictures.std.to(pictures.device)[:, None, None]
+        mean, std = self._moments
         scaled = (pictures.float() / 255 - mean) / std
         return scaled.contiguous(memory_format=torch.channels_last)
 
 
 # Of a wide residual network: its width in Cifar.width for each 16 channels of its first stage.
 WIDTH_UNIT = 64
+
+
+def iterate_batches(task: Task, steps: int, seed: int) -> Iterator[Batch]:
+    """Draw and make batches to train on, one by one."""
+    for drawn in task.draw(steps, seed):
+        yield task.make_batch(tuple(tensor.to(task.recipe.device) for tensor in drawn))
 
 
 def compute_loss(module: Callable[..., Tensor], batch: Batch, recipe: Recipe) -> Tensor:
@@ -222,14 +253,18 @@ def compute_loss(module: Callable[..., Tensor], batch: Batch, recipe: Recipe) ->
     return functional.cross_entropy(logits.float().flatten(0, -2), wanted.flatten())
 
 
-def read_task(name: str, setting: str, data_dir: Path, cache_dir: Path) -> Task:
-    """Make a task of a setting.
+def read_task(
+    name: str, setting: str, data_dir: Path, cache_dir: Path, device: str | None = None
+) -> Task:
+    """Make a task of a setting, on its recipe's device or another.
 
     Raises:
         KeyError: there is no such task or setting.
         DataError: its data is not there.
     """
-    chosen = _SETTINGS[name][setting]
+    chosen = dict(_SETTINGS[name][setting])
+    if device is not None:
+        chosen["recipe"] = replace(chosen["recipe"], device=device)
     if name == "characters":
         return Characters(text=read_text(data_dir), **chosen)
     pictures = read_pictures(data_dir, cache_dir, num_train=_NUM_TRAIN.get(setting))

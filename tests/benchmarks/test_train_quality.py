@@ -39,11 +39,19 @@ class Trained(list[Run]):
         self.fail: dict[str, Exception] = {}
         self.folders: set[tuple[Path, Path]] = set()
 
-    def execute(self, run: Run, data_dir: Path, cache_dir: Path) -> Row:
-        self.append(run)
+    def execute(
+        self, runs: Sequence[Run], data_dir: Path, cache_dir: Path, device: str | None
+    ) -> list[Row | Exception]:
+        self += runs
         self.folders.add((data_dir, cache_dir))
-        if run.method in self.fail:
-            raise self.fail[run.method]
+        return [self._try(run) for run in runs]
+
+    def _try(self, run: Run) -> Row | Exception:
+        try:
+            if run.method in self.fail:
+                raise self.fail[run.method]
+        except Exception as err:
+            return err
         return make_finished(run)
 
 
@@ -54,7 +62,8 @@ def make_finished(run: Run) -> Row:
 def execute_here(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[Run, Row | str]]:
     """Train in this process, the last run first: workers do not end in the order of the list."""
     for run in reversed(runs):
-        yield run, train_quality._try(run, args.data_dir, args.cache_dir)
+        (outcome,) = train_quality._try([run], args.data_dir, args.cache_dir, args.device)
+        yield run, outcome
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     lists = {STUDY: list_runs, "trials": list_other_runs}
     monkeypatch.setattr(train_quality, "LISTS", lists)
     monkeypatch.setattr(train_quality, "_execute_all", execute_here)
-    monkeypatch.setattr(train_quality, "execute", trained.execute)
+    monkeypatch.setattr(train_quality, "execute_together", trained.execute)
     return trained
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from torch import nn
 
 from quality import execute as execution
 from quality.contestant import Assignment, Contestant
-from quality.execute import execute
-from quality.records import Result, Run, write_options
+from quality.execute import execute, execute_together
+from quality.records import Result, Row, Run, write_options
 from quality.tasks import Characters, Task
-from quality.training import Rates, fit
+from quality.training import Rates, Training, fit
 from tiny_tasks import make_characters, make_cifar
 
 RUN = Run(
@@ -36,7 +36,9 @@ TASK = make_characters()
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Execute ``RUN`` with some fields changed, on a tiny task."""
 
-    def read_task(name: str, setting: str, data_dir: Path, cache_dir: Path) -> Task:
+    def read_task(
+        name: str, setting: str, data_dir: Path, cache_dir: Path, device: str | None
+    ) -> Task:
         assert setting == "small"
         return {"characters": TASK, "cifar": make_cifar("wide_resnet", width=8, depth=10)}[name]
 
@@ -92,7 +94,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def test_result_of_the_plain_network_is_that_of_training_it(train) -> None:
     module = make_plain(3)
-    fit(module, TASK, steps=4, seed=3, rates=Rates(lr=0.02, weight_decay=0.1))
+    rates = Rates(lr=0.02, weight_decay=0.1)
+    fit(Training(module=module, task=TASK, steps=4, seed=3, rates=rates))
     result = train(reads_test=True)
     assert (result.valid_loss, result.valid_accuracy) == TASK.score(module, "valid")
     assert (result.test_loss, result.test_accuracy) == TASK.score(module, "test")
@@ -147,18 +150,23 @@ def test_method_is_given_the_run(train, given: list[Assignment]) -> None:
 def test_options_go_to_the_rates_or_to_the_method(
     train, given: list[Assignment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    monkeypatch.setattr(execution, "fit", lambda *args, **options: calls.append(options))
+    fitted: list[Training] = []
+
+    def fit_together(trainings: Sequence[Training]) -> list[None]:
+        fitted.extend(trainings)
+        return [None] * len(trainings)
+
+    monkeypatch.setattr(execution, "fit_together", fit_together)
     options = write_options(by="role", coefficient_lr=5.0, coefficient_decay=0.3)
     train(method="probe", options=options)
     train(method="probe")
     assert [dict(assignment.options) for assignment in given] == [{"by": "role"}, {}]
-    assert calls[0]["rates"] == Rates(
+    assert fitted[0].rates == Rates(
         lr=0.02, weight_decay=0.1, coefficient_lr=5.0, coefficient_decay=0.3
     )
-    assert calls[1]["rates"] == Rates(lr=0.02, weight_decay=0.1)
-    for call, assignment in zip(calls, given, strict=True):
-        assert call["coefficients"] == (assignment.model.tokens.weight,)
+    assert fitted[1].rates == Rates(lr=0.02, weight_decay=0.1)
+    for training, assignment in zip(fitted, given, strict=True):
+        assert training.coefficients == (assignment.model.tokens.weight,)
 
 
 def test_budget_that_no_network_meets_is_an_error(train) -> None:
@@ -171,12 +179,31 @@ def test_divergence_is_an_error(train) -> None:
         train(lr=1e30)
 
 
+def test_runs_that_go_together_are_those_that_go_alone(train, tmp_path: Path) -> None:
+    runs = [
+        RUN,
+        replace(RUN, lr=1e30),
+        replace(RUN, method="narrower", budget=0.0005),
+        replace(RUN, method="ours", seed=1, steps=6),
+    ]
+    first, diverged, impossible, last = execute_together(runs, tmp_path / "data", tmp_path)
+    assert isinstance(diverged, FloatingPointError)
+    assert isinstance(impossible, ValueError)
+    for run, row in ((runs[0], first), (runs[3], last)):
+        assert isinstance(row, Row)
+        assert row.run == run
+        alone = train(method=run.method, seed=run.seed, steps=run.steps)
+        assert row.result.valid_loss == alone.valid_loss
+
+
 def test_data_are_read_once_for_each_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
 
-    def read_task(name: str, setting: str, data_dir: Path, cache_dir: Path) -> Task:
+    def read_task(
+        name: str, setting: str, data_dir: Path, cache_dir: Path, device: str | None
+    ) -> Task:
         read.append((name, setting, data_dir, cache_dir))
         return TASK
 

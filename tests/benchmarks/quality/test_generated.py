@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quality.generated import Generated, LowRank, Overparameterized, Rescaled
+from quality.tasks import iterate_batches
 from small_tasks import TASKS, make_model
 
 torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def make_generated(task: str) -> tuple[nn.Module, Generated]:
 
 
 def draw_inputs(task: str) -> Tensor:
-    inputs, _ = next(iter(TASKS[task].batches(1, 0)))
+    inputs, _ = next(iterate_batches(TASKS[task], 1, 0))
     return inputs
 
 

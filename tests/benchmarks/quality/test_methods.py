@@ -22,8 +22,8 @@ from quality.contestant import Contestant, count_parameters
 from quality.methods import METHODS
 from quality.plans import read_banks
 from quality.sharing import TrainedGain
-from quality.tasks import compute_loss
-from quality.training import Rates
+from quality.tasks import compute_loss, iterate_batches
+from quality.training import Rates, Training
 from small_tasks import STEPS, TASKS, assign, make_characters, make_model
 
 torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def test_parameters_stay_within_the_budget(method: str, task: str, share: float)
 @pytest.mark.parametrize(("method", "task", "share"), CASES)
 def test_all_parameters_are_used_and_trained(method: str, task: str, share: float) -> None:
     module = copy.deepcopy(build(method, task, share).contestant.module).train()
-    batch = next(iter(TASKS[task].batches(1, 0)))
+    batch = next(iterate_batches(TASKS[task], 1, 0))
     loss = compute_loss(module, batch, TASKS[task].recipe)
     loss.backward()
     assert math.isfinite(loss.item())
@@ -412,14 +412,14 @@ def test_searched_weights_start_with_the_deviation_of_the_plain_ones(
 def test_the_search_takes_fifteen_percent_more_steps_at_the_rates_of_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken = []
-    monkeypatch.setattr(by_hand, "fit", lambda *_, **options: taken.append(options))
+    taken: list[Training] = []
+    monkeypatch.setattr(by_hand, "fit", taken.append)
     monkeypatch.setattr(by_hand, "SSN_GROUPS", 2)
     model = make_model(TASKS["characters"])
     given = replace(assign(TASKS["characters"], model, 0.5), rates=Rates(lr=0.5, weight_decay=0.25))
     assert len(METHODS["ssn"](given).module.weights.weights.banks) <= 2
-    assert [each["steps"] for each in taken] == [round(0.15 * STEPS)]
-    assert taken[0]["rates"] == given.rates
+    assert [each.steps for each in taken] == [round(0.15 * STEPS)]
+    assert taken[0].rates == given.rates
 
 
 @pytest.mark.parametrize(

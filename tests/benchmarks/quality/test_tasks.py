@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from quality.data import TEXT, DataError, Pictures
-from quality.tasks import Characters, Cifar, Task, compute_loss, find_recipe, read_task
+from quality.tasks import (
+    Characters,
+    Cifar,
+    Task,
+    compute_loss,
+    find_recipe,
+    iterate_batches,
+    read_task,
+)
 from tiny_tasks import make_characters, make_cifar, make_pictures, make_text, write_data
 
 SHIFTS = range(9)
@@ -24,7 +32,9 @@ def convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def same_batches(first: Task, second: Task, seeds: tuple[int, int]) -> bool:
-    pairs = zip(first.batches(3, seeds[0]), second.batches(3, seeds[1]), strict=True)
+    pairs = zip(
+        iterate_batches(first, 3, seeds[0]), iterate_batches(second, 3, seeds[1]), strict=True
+    )
     return all(torch.equal(one, other) for pair in pairs for one, other in zip(*pair, strict=True))
 
 
@@ -39,7 +49,7 @@ def test_batches_depend_on_the_seed_alone(make) -> None:
 
 @pytest.mark.parametrize("make", [make_characters, make_cifar])
 def test_there_are_as_many_batches_as_steps(make) -> None:
-    batches = list(make(batch_size=4).batches(7, 0))
+    batches = list(iterate_batches(make(batch_size=4), 7, 0))
     assert len(batches) == 7
     assert all(len(inputs) == len(wanted) == 4 for inputs, wanted in batches)
 
@@ -49,14 +59,14 @@ def test_batches_do_not_touch_the_default_generator(make) -> None:
     torch.manual_seed(0)
     wanted = torch.rand(3)
     torch.manual_seed(0)
-    list(make().batches(3, 1))
+    list(iterate_batches(make(), 3, 1))
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_characters_are_followed_by_the_wanted_ones() -> None:
     task = make_characters()
     text = "".join(map(chr, task.text.splits["train"].tolist()))
-    for inputs, wanted in task.batches(5, 0):
+    for inputs, wanted in iterate_batches(task, 5, 0):
         assert inputs.shape == wanted.shape == (4, 8)
         for piece, following in zip(inputs, wanted, strict=True):
             together = [*piece.tolist(), following[-1].item()]
@@ -66,8 +76,8 @@ def test_characters_are_followed_by_the_wanted_ones() -> None:
 
 def test_each_place_of_the_training_text_is_drawn() -> None:
     task = make_characters(text=make_text("abcdefghijk"))  # three pieces of 8 + 1
-    first = {int(inputs[row, 0]) for inputs, _ in task.batches(30, 0) for row in range(4)}
-    last = {int(wanted[row, -1]) for _, wanted in task.batches(30, 0) for row in range(4)}
+    first = {int(inputs[row, 0]) for inputs, _ in iterate_batches(task, 30, 0) for row in range(4)}
+    last = {int(wanted[row, -1]) for _, wanted in iterate_batches(task, 30, 0) for row in range(4)}
     assert first == {0, 1, 2}
     assert last == {8, 9, 10}
 
@@ -91,7 +101,7 @@ def test_pictures_are_shifted_and_mirrored_and_keep_their_labels() -> None:
     pictures, _ = task.pictures.splits["train"]
     mean, std = (tensor[:, None, None] for tensor in (task.pictures.mean, task.pictures.std))
     cuts = []
-    for inputs, labels in task.batches(8, 0):
+    for inputs, labels in iterate_batches(task, 8, 0):
         for shown, label in zip(inputs, labels, strict=True):
             restored = ((shown * std + mean) * 255).round()
             cuts.append(find_cut(restored, pictures[label].float()))
@@ -105,7 +115,7 @@ def test_pictures_are_shifted_and_mirrored_and_keep_their_labels() -> None:
 
 def test_each_epoch_shows_each_picture_once_in_a_new_order() -> None:
     task = make_cifar(pictures=make_pictures(10), batch_size=5)
-    labels = torch.stack([labels for _, labels in task.batches(6, 0)]).view(3, 10)
+    labels = torch.stack([labels for _, labels in iterate_batches(task, 6, 0)]).view(3, 10)
     assert labels.sort(1).values.tolist() == [list(range(10))] * 3
     assert len({tuple(epoch.tolist()) for epoch in labels}) == 3
 
@@ -113,7 +123,7 @@ def test_each_epoch_shows_each_picture_once_in_a_new_order() -> None:
 def test_training_pictures_stay_as_they_were() -> None:
     task = make_cifar()
     before = task.pictures.splits["train"][0].clone()
-    list(task.batches(3, 0))
+    list(iterate_batches(task, 3, 0))
     assert torch.equal(task.pictures.splits["train"][0], before)
 
 
@@ -188,7 +198,7 @@ def test_a_guess_without_knowledge_costs_the_logarithm_of_the_choices() -> None:
     module = task.make(4, 8)
     nn.init.zeros_(module.head.weight)
     nn.init.zeros_(module.head.bias)
-    (batch,) = task.batches(1, 0)
+    (batch,) = iterate_batches(task, 1, 0)
     assert compute_loss(module, batch, task.recipe).item() == pytest.approx(math.log(10))
     assert task.score(module, "test")[0] == pytest.approx(math.log(10))
 
@@ -203,7 +213,7 @@ def test_products_are_in_bfloat16_where_the_recipe_says_so() -> None:
         task = make_characters(autocast=autocast)
         module = task.make(8, 1)
         module.head.register_forward_hook(watch)
-        (batch,) = task.batches(1, 0)
+        (batch,) = iterate_batches(task, 1, 0)
         assert compute_loss(module, batch, task.recipe).dtype == torch.float32
         task.score(module, "valid")
     assert seen == 2 * [torch.float32] + [torch.bfloat16] * (len(seen) - 2)
@@ -232,7 +242,7 @@ def test_widths_and_depths_lead_up_to_the_plain_network(name: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_networks_of_all_widths_and_depths_can_be_trained(name: str) -> None:
     task = TASKS[name]
-    (batch,) = task.batches(1, 0)
+    (batch,) = iterate_batches(task, 1, 0)
     for width in task.widths:
         for depth in task.depths:
             module = task.make(width, depth)
@@ -311,7 +321,7 @@ def test_wide_residual_network_has_the_channels_and_layers_that_width_and_depth_
 @pytest.mark.parametrize("network", ["resnet", "wide_resnet"])
 def test_pictures_and_kernels_lie_channels_last(network) -> None:
     task = make_cifar(network, width=8, depth=10 if network == "wide_resnet" else 8)
-    (batch,) = task.batches(1, 0)
+    (batch,) = iterate_batches(task, 1, 0)
     module = task.make(task.width, task.depth)
     for tensor in (batch[0], *(layer.weight for layer in convolutions(module))):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
@@ -371,4 +381,4 @@ def test_unknown_tasks_and_settings_are_key_errors(folder: Path, name: str, sett
 def test_tasks_may_have_another_recipe() -> None:
     task = make_characters()
     other = replace(task, recipe=replace(task.recipe, batch_size=2))
-    assert next(other.batches(1, 0))[0].shape == (2, 8)
+    assert next(iterate_batches(other, 1, 0))[0].shape == (2, 8)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from quality import training
 from quality.tasks import Recipe, Task
-from quality.training import Rates, compare_step_times, fit, make_optimizer
+from quality.training import (
+    Rates,
+    Training,
+    compare_step_times,
+    fit,
+    fit_together,
+    make_optimizer,
+)
 from tiny_tasks import RECIPE, make_characters, make_cifar, make_pictures, make_text
 
 RATES = Rates(lr=0.01, weight_decay=0.1)
@@ -35,7 +42,7 @@ def make_module(task: Task, seed: int = 0) -> nn.Module:
 
 def train(task: Task, *, steps: int = 5, seed: int = 0, rates: Rates = RATES) -> nn.Module:
     module = make_module(task)
-    fit(module, task, steps=steps, seed=seed, rates=rates)
+    fit(Training(module=module, task=task, steps=steps, seed=seed, rates=rates))
     return module
 
 
@@ -93,7 +100,7 @@ def test_module_is_trained_in_training_mode() -> None:
     task = make_cifar()
     module = make_module(task).eval()
     before = module.norm.running_mean.clone()
-    fit(module, task, steps=2, seed=0, rates=RATES)
+    fit(Training(module=module, task=task, steps=2, seed=0, rates=RATES))
     assert not torch.equal(module.norm.running_mean, before)
 
 
@@ -117,7 +124,16 @@ def test_rates_of_coefficients_stay_the_same_multiple(rates_seen: list[list[floa
     task = make_characters()
     module = make_module(task)
     rates = Rates(lr=0.01, weight_decay=0.0, coefficient_lr=5.0)
-    fit(module, task, steps=8, seed=0, rates=rates, coefficients=[module.tokens.weight])
+    fit(
+        Training(
+            module=module,
+            task=task,
+            steps=8,
+            seed=0,
+            rates=rates,
+            coefficients=[module.tokens.weight],
+        )
+    )
     for *others, own in rates_seen:
         assert others == [pytest.approx(own / 5.0)] * len(others)
 
@@ -173,18 +189,70 @@ def test_each_parameter_is_in_one_group() -> None:
     assert [id(each) for each in made.param_groups[-1]["params"]] == [*map(id, coefficients)]
 
 
+def start_together(make: Callable[..., Task], device: str) -> list[Training]:
+    """Three trainings of different lengths, seeds and rates; coefficients in the second."""
+    trainings = []
+    for number in range(3):
+        task = make(device=device)
+        module = make_module(task, seed=number).to(device)
+        trainings.append(
+            Training(
+                module=module,
+                task=task,
+                steps=6 + 2 * number,
+                seed=number,
+                rates=Rates(lr=0.01 * (number + 1), weight_decay=0.1, coefficient_lr=3.0),
+                coefficients=[module.head.weight] if number == 1 else (),
+            )
+        )
+    return trainings
+
+
+@pytest.mark.parametrize("make", [make_characters, make_cifar])
+def test_trainings_that_take_turns_end_as_alone(make: Callable[..., Task]) -> None:
+    together, alone = (start_together(make, "cpu") for _ in range(2))
+    assert fit_together(together) == [None] * 3
+    for one, other in zip(together, alone, strict=True):
+        fit(other)
+        assert is_same(one.module, other.module)
+
+
+def test_one_that_diverges_stops_no_other() -> None:
+    first, wild, last = start_together(make_characters, "cpu")
+    wild = replace(wild, rates=Rates(lr=1e30, weight_decay=0.1))
+    failures = fit_together([first, wild, last])
+    assert [type(failure) for failure in failures] == [type(None), FloatingPointError, type(None)]
+    (alone, *_) = start_together(make_characters, "cpu")
+    fit(alone)
+    assert is_same(first.module, alone.module)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("make", [make_characters, make_cifar])
+def test_replayed_steps_on_a_gpu_are_those_of_a_cpu(make: Callable[..., Task]) -> None:
+    on_cpu, on_gpu = (start_together(make, device) for device in ("cpu", "cuda"))
+    assert fit_together(on_cpu) == fit_together(on_gpu) == [None] * 3
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        expected = one.module.state_dict()
+        for name, tensor in other.module.state_dict().items():
+            torch.testing.assert_close(tensor.cpu(), expected[name], rtol=0.02, atol=2e-3)
+
+
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_gradients_are_clipped_together(clip: float | None) -> None:
     task = make_characters(optimizer="sgd", clip=clip)
     module = make_module(task)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     fit(
-        module,
-        task,
-        steps=1,
-        seed=0,
-        rates=Rates(lr=0.1, weight_decay=0.0),
-        coefficients=[module.tokens.weight],
+        Training(
+            module=module,
+            task=task,
+            steps=1,
+            seed=0,
+            rates=Rates(lr=0.1, weight_decay=0.0),
+            coefficients=[module.tokens.weight],
+        )
     )
     moves = [p.detach() - old for p, old in zip(module.parameters(), before, strict=True)]
     length = torch.cat([move.flatten() for move in moves]).norm().item() / (0.1 * 1.9)
