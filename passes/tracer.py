@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from npas_fx.errors import BusyError, CaptureError, UntraceableError
 from npas_fx.passes.buffer_slots import BufferSlots
 from npas_fx.passes.call import CallSignature
 from npas_fx.passes.call_state import may_return_none
-from npas_fx.passes.contexts import ambient_state, leave, write_enter
+from npas_fx.passes.entered import Entered
 from npas_fx.passes.functions import ApplyFunction
 from npas_fx.passes.guards import describe
 from npas_fx.passes.leaves import hidden_modules, makes_own_weights, owns_nothing_shareable
@@ -30,7 +29,7 @@ from npas_fx.passes.patches import patches
 from npas_fx.passes.probes import Probes
 from npas_fx.passes.proxy import CapturedProxy
 from npas_fx.passes.questions import UNKNOWN, Questions
-from npas_fx.passes.raising_branches import Conditions, check_branch, find_raising_branch, is_with
+from npas_fx.passes.raising_branches import Conditions, check_branch, find_raising_branch
 from npas_fx.passes.rebinding import names_set_by_calls
 from npas_fx.passes.rollback import RandomState, note_state
 from npas_fx.passes.say_why import say_why
@@ -121,8 +120,7 @@ class Tracer(fx.Tracer):
         self.names: dict[int, str] = {}
         self.thread = threading.get_ident()
         self._asked: list[set[str]] = []  # the same by the calls that are being traced, each
-        self._state: tuple[Any, ...] = ()  # of gradients and autocast, as the graph has it
-        self._contexts: list[tuple[Any, fx.Node | None, FrameType | None]] = []  # of the code
+        self.contexts = Entered(self._create_operation)
         self.first_refusal: CaptureError | None = None
         self._proxy_of: dict[str, CapturedProxy] = {}
         self._has_returned = False  # the root, so that what it gave is no longer changed
@@ -141,7 +139,7 @@ class Tracer(fx.Tracer):
             for name, tensor in source
         }
         self.slots = BufferSlots(self, root)
-        self._state = ambient_state()
+        self.contexts.begin()
         self._asked = [set()]
         random = RandomState()
         try:
@@ -238,7 +236,7 @@ class Tracer(fx.Tracer):
         def call_root(root: nn.Module) -> Any:
             args, kwargs = self.signature.rebuild(proxies)
             result = root.forward(*args, **kwargs)
-            if self._contexts:
+            if self.contexts:
                 raise self.refusal("forward enters a context manager of torch's and stays in it")
             self._has_returned = True
             return result
@@ -351,7 +349,7 @@ class Tracer(fx.Tracer):
         """
         put_back = note_state(module, arguments)
         depth, num_assigned, stack = len(self._asked), len(self.assigned), dict(self.module_stack)
-        num_contexts, state = len(self._contexts), self._state
+        leave_contexts = self.contexts.note()
         num_bound = self.slots.length()
         last = self.last_node()
 
@@ -359,8 +357,8 @@ class Tracer(fx.Tracer):
             is_changed = put_back()
             self.slots.undo(num_bound)
             self.first_refusal = None
-            del self._asked[depth:], self.assigned[num_assigned:], self._contexts[num_contexts:]
-            self._state = state
+            del self._asked[depth:], self.assigned[num_assigned:]
+            leave_contexts()
             self.module_stack.clear()
             self.module_stack.update(stack)
             self.erase_behind(last)
@@ -454,7 +452,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it would lose a context manager of the user's code."""
-        if not self._contexts_are_recorded() or self._state != ambient_state():
+        if not self.contexts.are_recorded():
             raise self.refusal(
                 "forward switches gradients or autocast around traced operations in a way that a "
                 "graph does not record (inference_mode, or without a `with`); do so around the "
@@ -462,29 +460,23 @@ class Tracer(fx.Tracer):
                 "submodule without weights of its own"
             )
         node = super().create_node(*args, **kwargs)
-        self.questions.note(node, [each for _, each, _ in self._contexts if each is not None])
+        self.questions.note(node, self.contexts.nodes())
         self.flags_before[node] = frozenset(self._asked[-1])
         return node
+
+    def _create_operation(self, target: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
+        args = (arg if isinstance(arg, fx.Node) else self.create_arg(arg) for arg in arguments)
+        return self.create_node("call_function", target, tuple(args), {})
 
     def note_entered(self, context: Any) -> None:
         """Record that the code that is being traced has entered a context manager of torch's."""
         if self.is_tracing():
-            operation = write_enter(context, self._state[0])
-            node = None
-            if operation is not None and self._contexts_are_recorded():
-                self._state = ambient_state()
-                enter, arguments = operation
-                node = self.create_node("call_function", enter, self.create_arg(arguments), {})
-            frame = sys._getframe(2)
-            self._contexts.append((context, node, frame if is_with(frame) else None))
+            self.contexts.enter(context, sys._getframe(2))
 
     def note_left(self, context: Any) -> None:
         """Record that it has left it."""
-        if self.is_tracing() and self._contexts and self._contexts[-1][0] is context:
-            _, node, _ = self._contexts.pop()
-            if node is not None:
-                self._state = ambient_state()
-                self.create_node("call_function", leave, (node,), {})
+        if self.is_tracing():
+            self.contexts.leave(context)
 
     def refuse_question_of_mode(self, name: str, contexts: tuple[type, ...]) -> None:
         """Refuse that code asks what its caller has switched; what it has itself is known.
@@ -492,19 +484,16 @@ class Tracer(fx.Tracer):
         Raises:
             CaptureError: another call may be made in another mode.
         """
-        if not any(issubclass(type(context), contexts) for context, _, _ in self._contexts):
+        if not self.contexts.includes(contexts):
             raise self.refusal(
                 f"forward asks torch.{name}(), which depends on where it is called; put the "
                 "question into a module without weights of its own"
             )
 
-    def _contexts_are_recorded(self) -> bool:
-        return all(node is not None for _, node, _ in self._contexts)
-
     def to_bool(self, obj: Any) -> bool:
         """Answer a question of control flow; where one way only raises, by the other one."""
         frame = sys._getframe(2)
-        branch = find_raising_branch(frame, [where for _, _, where in self._contexts])
+        branch = find_raising_branch(frame, self.contexts.frames())
         is_asked = branch is None or not self.questions.may_vary(obj.node)
         if is_asked and (answer := self.questions.ask(obj, "bool")) is not UNKNOWN:
             return bool(answer)
