@@ -134,8 +134,8 @@ def _certify(
         seconds=selection.seconds,
         candidates=selection.num_candidates,
         scope=(
-            "single sites, classes of one shape or role, runs in depth and a clustering tree, "
-            f"times {', '.join(generators)}, priced from {profile.name}"
+            "single sites, classes of one shape, role or place, runs in depth and a clustering "
+            f"tree, times {', '.join(generators)}, priced from {profile.name}"
         ),
     )
 

@@ -23,9 +23,10 @@ def propose(
 ) -> tuple[Candidate, ...]:
     """List the candidates: families of site sets, times generators, times sizes.
 
-    The families are all single sites, classes of one shape, classes of one role, runs of
-    neighbours in depth, and the nodes of a clustering tree over the profile's distances. A bank has
-    one dtype and one device, so each family is made within these.
+    The families are all single sites, classes of one shape, of one role and of one place in the
+    blocks that are repeated, runs of neighbours in depth in these and in all, and the nodes of a
+    clustering tree over the profile's distances. A bank has one dtype and one device, so each
+    family is made within these.
 
     Args:
         rules: sites in one group of ``same_bank`` are never apart; private ones are dedicated.
@@ -74,14 +75,17 @@ def _make_candidates(
     is_dedicated = generator.name == "dedicated"
     for size in sizes:
         parameters = num_parameters(generator, shapes, size)
-        share = size.num_templates * size.template_size / total
+        shared = size.num_templates * size.template_size
+        parts = size.rows([sites[k].numel for k in members]) / len(members)
         yield Candidate(
             sites=tuple(members),
             generator=generator.name,
             size=size,
             parameters=parameters,
             bytes=parameters * itemsize,
-            price=0.0 if is_dedicated else profile.price(members, share),
+            price=0.0
+            if is_dedicated
+            else profile.price(members, shared / total, size.num_templates, parts),
         )
 
 
@@ -99,7 +103,7 @@ def _drop_dominated(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
 
 def _families(rules: Rules, profile: Profile) -> set[tuple[int, ...]]:
     """Site sets that a bank may have; a group of ``same_bank`` counts as one element."""
-    sites = rules.inventory.sites
+    sites, places = rules.inventory.sites, rules.inventory.places()
     grouped = {k for group in rules.groups for k in group}
     singles = [(k,) for k in range(len(sites)) if k not in grouped]
     families: set[tuple[int, ...]] = {*singles, *rules.groups}
@@ -113,6 +117,7 @@ def _families(rules: Rules, profile: Profile) -> set[tuple[int, ...]]:
             *_classes(atoms, sites, lambda site: site.shape),
             *_classes(atoms, sites, lambda site: site.role),
             *_classes(atoms, sites, lambda site: (site.role, site.shape)),
+            *_classes(atoms, sites, lambda site: places.get(site.name, site.name)),
         ):
             families.add(_union(chosen))
             families |= set(_runs(chosen))

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TypeAlias
 
@@ -78,8 +78,8 @@ def apply_rules(
     for group in groups:
         _check_group([sites[k] for k in group], {sites[k].name for k in group if k in private})
     return Rules(
-        inventory=Inventory(
-            sites=tuple(sites), kept=tuple(kept[name] for name in order if name in kept)
+        inventory=replace(
+            inventory, sites=tuple(sites), kept=tuple(kept[name] for name in order if name in kept)
         ),
         private=private,
         groups=groups,

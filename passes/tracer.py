@@ -37,8 +37,8 @@ from npas_fx.passes.skeleton import named_tensors
 from npas_fx.passes.tried_numbers import TriedNumbers
 from npas_fx.passes.value_types import MadeTypes, takes_part
 
-# In the meta of a node: the results of traced calls that it is, each with the path of the module, the
-# number of the call, and its place in what that returns.
+# In the meta of a node: the results of traced calls that it is, each with the path of the module,
+# the number of the call, and its place in what that returns.
 RESULTS = "results"
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
 

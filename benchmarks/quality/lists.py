@@ -24,6 +24,7 @@ BASELINES_ABOVE = ("overparameterized", "one_bank", "random_groups", "ssn")
 # Of trials: seeds and, for each method, learning rates and decays, as multiples of the recipe's.
 TRIAL_SEEDS = (100, 101, 102)
 TRIAL_RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.2))
+FULL_SETTINGS = {"characters": ("full",), "cifar": ("wide", "resnet")}
 GROUPINGS = ("runs", "place", "role", "shape", "kind")
 TRIAL_SHARE = 0.3  # of the recipe's steps
 # Learning rate of coefficients, from the list of that name: of all methods that have some.
@@ -192,6 +193,20 @@ def list_results(task: str) -> Iterator[Run]:
             )
 
 
+def list_full(task: str) -> Iterator[Run]:
+    """The settings for a GPU at the recipes' own rates; read the test set."""
+    for seed in SEEDS:
+        for setting in FULL_SETTINGS[task]:
+            for method, budget in (
+                ("plain", 1.0),
+                *((m, 0.25) for m in ("ours", *BASELINES_BELOW)),
+            ):
+                own = _rate_of_coefficients(task, budget) if method in MIXING else {}
+                yield make_run(
+                    "results", task, method, budget, seed, setting=setting, reads_test=True, **own
+                )
+
+
 def _rate_of_coefficients(task: str, budget: float) -> dict[str, Any]:
     """Options of methods whose weights are mixed; at 100 % ours mixes none."""
     has_some = budget != 1 and task in COEFFICIENT_LR
@@ -206,4 +221,5 @@ LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
     "above": list_above,
     "prices": list_prices,
     "results": list_results,
+    "full": list_full,
 }

@@ -11,12 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npas_fx.ir import Inventory, Profile
-from npas_fx.profiles.structure import (
-    ALIKE,
-    ROLE_FACTORS,
-    Assumptions,
-    profile_structure,
-)
+from npas_fx.profiles.structure import ROLE_FACTORS, UNLIKE, Assumptions, profile_structure
+from quality.eigenvalues import profile_eigenvalues
 from quality.plans import read_banks
 
 
@@ -38,7 +34,7 @@ class Missing:
         count = len(self.inventory.sites)
         return np.ones((count, count)) - np.eye(count)
 
-    def price(self, sites: Sequence[int], share: float) -> float:
+    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
         """Price of a bank that owns ``share`` of the parameters of its sites."""
         total = sum(site.numel for site in self.inventory.sites)
         part = sum(self.inventory.sites[k].numel for k in sites) / total
@@ -57,22 +53,28 @@ def _factor(factor: float, *roles: str) -> dict[str, float]:
     return {**ROLE_FACTORS, **dict.fromkeys(roles, factor)}
 
 
-_EQUAL = dict.fromkeys(ROLE_FACTORS, 1.0)
-_NOT_ALIKE = dict.fromkeys(ALIKE, 0.0)
-
 PRICES: Mapping[str, Callable[[Inventory], Profile]] = {
     "as shipped": profile_structure,
-    "all roles alike": _assume(role_factors=_EQUAL),
+    "all roles alike": _assume(role_factors=dict.fromkeys(ROLE_FACTORS, 1.0)),
     "writers cost double": _assume(role_factors=_factor(2.0, "residual_writer")),
     "readers cost double": _assume(role_factors=_factor(2.0, "residual_reader")),
     "projections cost double": _assume(role_factors=_factor(2.0, "parallel_projection")),
-    "no price of conflict": _assume(conflict=0.0),
-    "double price of conflict": _assume(conflict=1.0),
-    "no decay with depth": _assume(depth_decay=1.0),
-    "tenfold decay with depth": _assume(depth_decay=10.0),
-    "alike by role only": _assume(alike={**_NOT_ALIKE, "role": 1.0}),
-    "alike by shape only": _assume(alike={**_NOT_ALIKE, "shape": 1.0}),
-    "all alike": _assume(alike={**_NOT_ALIKE, "anything": 1.0}),
+    "all weights matter alike": _assume(growth=0.0),
+    "weights matter by their size": _assume(growth=1.0),
+    "no price of reuse": _assume(reuse=0.0),
+    "double price of reuse": _assume(reuse=2 * Assumptions().reuse),
+    "no price of rank": _assume(rank=0.0),
+    "double price of rank": _assume(rank=2 * Assumptions().rank),
+    "all weights alike": _assume(unlike=dict.fromkeys(UNLIKE, 0.0)),
+    "no price of parts": _assume(parts=0.0),
+    "double price of parts": _assume(parts=2 * Assumptions().parts),
+    "no price of distance in depth": _assume(depth=0.0),
+    "double price of distance in depth": _assume(depth=2 * Assumptions().depth),
+    "no price of unlike weights that are mixed": _assume(mixed=0.0),
+    "fivefold price of unlike weights that are mixed": _assume(mixed=5 * Assumptions().mixed),
+    "no price of a factor only": _assume(alone=0.0),
+    "double price of a factor only": _assume(alone=2 * Assumptions().alone),
+    "eigenvalues of likeness": profile_eigenvalues,
     "missing parameters": _missing(lambda share: max(0.0, 1 - share)),
     "missing parameters, squared": _missing(lambda share: max(0.0, 1 - share) ** 2),
     "logarithm of reuse": _missing(lambda share: max(0.0, -math.log(share))),
@@ -85,7 +87,8 @@ def price_plan(profile: Profile, inventory: Inventory, described: str) -> float:
     prices = []
     for sites, generator, size in read_banks(described):
         if generator != "dedicated":
+            numels = [inventory.sites[k].numel for k in sites]
             owned = size.num_templates * size.template_size + size.num_partial
-            total = sum(inventory.sites[k].numel for k in sites)
-            prices.append(profile.price(sites, owned / total))
+            parts = size.rows(numels) / len(sites)
+            prices.append(profile.price(sites, owned / sum(numels), size.num_templates, parts))
     return math.fsum(prices)

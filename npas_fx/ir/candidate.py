@@ -44,5 +44,13 @@ class Profile(Protocol):
     def distance(self) -> npt.NDArray[np.float64]:
         """``(S, S)``, how unlike the ideal weights of two sites are; symmetric."""
 
-    def price(self, sites: Sequence[int], share: float) -> float:
-        """Price of a bank that owns ``share`` of the parameters of its sites."""
+    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+        """Price of a bank.
+
+        Args:
+            sites: its members.
+            share: templates and alike that it owns, as a share of the parameters of its sites.
+            templates: that each part of a weight is mixed from; 1 for weights that are one and the
+                same up to a factor.
+            parts: that a weight is cut into, each with coefficients of its own, a mean over sites.
+        """

@@ -166,6 +166,15 @@ class Inventory:
         """Every name and alias of a parameter -> the name it goes by here."""
         return {alias: item.name for item in self for alias in (item.name, *item.aliases)}
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Name of a site in a repeated block -> which of ``repeats``, and its place in a block."""
+        return {
+            name: (number, place)
+            for number, repeats in enumerate(self.repeats)
+            for block in repeats.sites
+            for place, name in enumerate(block)
+        }
+
     @property
     def coverage(self) -> float:
         """Share of the trainable parameters that are in sites; 0 for a model without any."""

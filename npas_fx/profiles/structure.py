@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from npas_fx.ir import Inventory, Site
 
-# How much a parameter of a weight of each role matters, next to one of any other. Where each factor
-# comes from and what would change it: docs/decisions/0007-factors-of-roles.md.
+_Array = npt.NDArray[np.float64]
+
+# How much a weight of each role matters, next to one of any other. Where each factor comes from and
+# what would change it: docs/decisions/0007-factors-of-roles.md.
 ROLE_FACTORS = {
     "stem": 4.0,
     "head": 4.0,
-    "embedding": 2.0,
+    "embedding": 4.0,
     "residual_writer": 1.25,
     "residual_reader": 1.0,
     "parallel_projection": 1.0,
@@ -25,11 +28,10 @@ ROLE_FACTORS = {
     "depthwise": 1.0,
     "other": 1.0,
 }
-# How alike the ideal weights of two sites are taken to be: the sum of what they have in common.
-# Where the numbers come from, and how little that is: docs/decisions/0004-prices-from-structure.md.
-ALIKE = {"anything": 0.1, "kind": 0.2, "role": 0.4, "shape": 0.3}
-# Price of any sharing at all, so that nothing shared is ever as good as dedicated weights.
-SHARING = 0.05
+# How unlike the ideal weights of two sites at one depth are taken to be: a sum over what tells them
+# apart. Where these numbers and those of Assumptions come from, and how little that is:
+# docs/decisions/0004-prices-from-structure.md.
+UNLIKE = {"place": 0.5, "role": 0.3, "kind": 0.2}
 # What doubling a bank beyond the size of its weights is worth; so little that no weights are
 # shared to make room for it.
 EXCESS = 0.02
@@ -42,30 +44,70 @@ class Assumptions:
     """What prices from structure rest on; each can be another to see what it is worth.
 
     Attributes:
-        role_factors: role -> how much a parameter of it matters.
-        alike: what two sites may have in common -> how alike it makes them; the sum is 1.
-        depth_decay: likeness falls by this factor from the input of the network to its output.
-        conflict: price of unlike weights in one bank, as a share of what the bank gives up.
+        role_factors: role -> how much a weight of it matters.
+        unlike: what may tell two sites apart -> how unlike it makes them.
+        growth: a weight matters as the power of its size with this exponent.
+        reuse: price of using each parameter ``e`` times.
+        rank: price of a weight whose rank is 1 where its shape allows any number.
+        depth: price of a bank for weights at the input and at the output.
+        mixed: price of unlike weights in one bank.
+        parts: price of weights that are cut into many parts.
+        alone: added to the prices of distance in depth and of unlike weights where these differ by
+            a factor only.
     """
 
     role_factors: Mapping[str, float] = field(default_factory=lambda: ROLE_FACTORS)
-    alike: Mapping[str, float] = field(default_factory=lambda: ALIKE)
-    depth_decay: float = 3.0
-    conflict: float = 0.5
+    unlike: Mapping[str, float] = field(default_factory=lambda: UNLIKE)
+    growth: float = 0.5
+    reuse: float = 0.01
+    rank: float = 0.7
+    depth: float = 0.04
+    mixed: float = 0.06
+    parts: float = 0.04
+    alone: float = 0.2
+
+
+class _Bank(NamedTuple):
+    """What all sizes of a bank for some sites have in common."""
+
+    importance: float
+    far: float
+    unlike: float
+    numel: int
+    # Of each site, the largest first: elements, and importance over the root of the full rank.
+    elements: _Array
+    lost: _Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructureProfile:
-    """``G_ij = sqrt(e_i e_j) rho_ij``, with importance ``e`` (summing to 1) and likeness ``rho``.
+    """Prices by what sharing takes from a weight: parameters, likeness to those beside it, rank.
 
-    A bank with templates for ``K`` of its ``S`` sites is priced at what its best ``K`` templates
-    leave, the sum of the smaller eigenvalues of its part of ``G`` (linear in between), plus a term
-    for the conflict among its sites, which eigenvalues alone do not see.
+    A bank that owns ``share`` of the parameters of its sites, ``P`` in number, costs::
+
+        sum_i e_i * (reuse * ln(1 / share)
+                     + rank * (1 / sqrt(r_i) - 1 / sqrt(R_i))
+                     + (1 - share) * (depth * d_i + mixed * u_i + parts * (1 - 1 / q)
+                                      + alone / (q * k)**2 * (d_i + u_i)))
+
+    with the importance ``e`` of the sites (in all summing to 1); the ranks that the weight can
+    have, ``R_i`` by its shape, and ``r_i``, as many times less as ``P`` is smaller than it; how far
+    ``i`` is from the sites of the bank in depth, ``d_i``, and how unlike them, ``u_i``, means
+    weighted by their importance; and ``q`` parts of a weight that are mixed from ``k`` templates.
+
+    Attributes:
+        importance: ``(S,)``.
+        depth: ``(S,)``, 0 at the input, 1 at the output.
+        unlike: ``(S, S)``, from 0 for the same to 1.
+        numel: ``(S,)``, elements.
+        full_rank: ``(S,)``, of matrices with a row for each output.
     """
 
-    importance: npt.NDArray[np.float64]
-    likeness: npt.NDArray[np.float64]
-    similarity: npt.NDArray[np.float64]
+    importance: _Array
+    depth: _Array
+    unlike: _Array
+    numel: npt.NDArray[np.int64]
+    full_rank: npt.NDArray[np.int64]
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     @property
@@ -74,45 +116,56 @@ class StructureProfile:
         return "structure"
 
     @cached_property
-    def distance(self) -> npt.NDArray[np.float64]:
-        """``(S, S)``: ``sqrt(2 - 2 rho)``."""
-        distance: npt.NDArray[np.float64] = np.sqrt(np.clip(2 - 2 * self.likeness, 0, None))
+    def distance(self) -> _Array:
+        """``(S, S)``, in depth and in all else."""
+        distance: _Array = self._far + self.unlike
         return distance
 
     @cached_property
-    def _spectra(self) -> dict[tuple[int, ...], tuple[list[float], float, float]]:
+    def _far(self) -> _Array:
+        far: _Array = np.abs(self.depth[:, None] - self.depth)
+        return far
+
+    @cached_property
+    def _banks(self) -> dict[tuple[int, ...], _Bank]:
         return {}
 
-    def price(self, sites: Sequence[int], share: float) -> float:
-        """Price of a bank that owns ``share`` of the parameters of its sites."""
-        left, conflict, importance = self._spectrum(tuple(sites))
+    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+        """Price of a bank; see ``Profile.price``."""
+        bank, assumed = self._describe(tuple(sites)), self.assumptions
         if share > 1:
             # Generating a weight costs time whatever the excess: rather two templates for half of
             # the weights than a few more for all, and rather small banks than large ones.
             worth = math.log2(share) if share > 2 else (share - 1) ** 2
-            return _round(-EXCESS * importance * worth * (1 - 1e-3 * min(len(sites), 100)))
-        reach = share * (len(left) - 1)
-        whole = min(int(reach), len(left) - 2)  # numpy.interp, called for each candidate, is slow
-        tail = left[whole] + (reach - whole) * (left[whole + 1] - left[whole])
-        return _round(
-            tail + (1 - share) * (self.assumptions.conflict * conflict + SHARING * importance)
+            return _round(-EXCESS * bank.importance * worth * (1 - 1e-3 * min(len(sites), 100)))
+        owned = share * bank.numel
+        larger = int(np.searchsorted(-bank.elements, -owned))  # this many sites are
+        lost = bank.lost[:larger] @ (np.sqrt(bank.elements[:larger] / owned) - 1)
+        alone = assumed.alone / (templates * parts) ** 2
+        apart = (
+            (assumed.depth + alone) * bank.far
+            + (assumed.mixed + alone) * bank.unlike
+            + assumed.parts * (1 - 1 / parts) * bank.importance
         )
+        reuse = assumed.reuse * -math.log(share) * bank.importance
+        return _round(reuse + assumed.rank * float(lost) + (1 - share) * apart)
 
-    def _spectrum(self, sites: tuple[int, ...]) -> tuple[list[float], float, float]:
-        if sites not in self._spectra:
+    def _describe(self, sites: tuple[int, ...]) -> _Bank:
+        if sites not in self._banks:
             chosen = np.array(sites)
             importance = self.importance[chosen]
-            root = np.sqrt(importance)
-            gram = root[:, None] * self.likeness[np.ix_(chosen, chosen)] * root
-            values = np.clip(np.linalg.eigvalsh(gram), 0, None)
-            left = [0.0, *np.cumsum(values).tolist()][::-1]
             total = float(importance.sum())
-            weight = importance / total
-            conflict = total * float(
-                weight @ (1 - self.similarity[np.ix_(chosen, chosen)]) @ weight
+            order = np.argsort(-self.numel[chosen], kind="stable")
+            pairs = np.ix_(chosen, chosen)
+            self._banks[sites] = _Bank(
+                importance=total,
+                far=float(importance @ self._far[pairs] @ importance) / total,
+                unlike=float(importance @ self.unlike[pairs] @ importance) / total,
+                numel=int(self.numel[chosen].sum()),
+                elements=self.numel[chosen][order].astype(np.float64),
+                lost=(importance / np.sqrt(self.full_rank[chosen]))[order],
             )
-            self._spectra[sites] = (left, conflict, total)
-        return self._spectra[sites]
+        return self._banks[sites]
 
 
 def profile_structure(
@@ -121,27 +174,31 @@ def profile_structure(
     """Profile an inventory from the shapes, roles and depth of its sites."""
     assumptions = Assumptions() if assumptions is None else assumptions
     sites, factors = inventory.sites, assumptions.role_factors
-    matters = np.array([site.numel * factors[site.role] for site in sites], dtype=np.float64)
-    depth = np.array([site.depth for site in sites])
-    similarity = np.array(
-        [[_similarity(a, b, assumptions.alike) for b in sites] for a in sites]
-    ).reshape(len(sites), len(sites))
-    nearness = np.exp(-math.log(assumptions.depth_decay) * np.abs(depth[:, None] - depth))
+    matters = np.array([factors[s.role] * s.numel**assumptions.growth for s in sites], float)
+    places = inventory.places()
+    apart: Mapping[str, Sequence[Hashable]] = {
+        "place": [places.get(site.name, site.name) for site in sites],
+        "role": [site.role for site in sites],
+        "kind": [site.kind for site in sites],
+    }
+    unlike = np.zeros((len(sites), len(sites)))
+    for what, values in apart.items():
+        number = {value: index for index, value in enumerate(dict.fromkeys(values))}
+        codes = np.array([number[value] for value in values])
+        unlike += assumptions.unlike[what] * (codes[:, None] != codes)
     return StructureProfile(
-        importance=matters / max(matters.sum(), 1),
-        likeness=similarity * nearness,
-        similarity=similarity,
+        importance=matters / max(matters.sum(), 1e-300),
+        depth=np.array([site.depth for site in sites], float),
+        unlike=unlike,
+        numel=np.array([site.numel for site in sites], np.int64),
+        full_rank=np.array([_full_rank(site) for site in sites], np.int64),
         assumptions=assumptions,
     )
 
 
-def _similarity(a: Site, b: Site, alike: Mapping[str, float]) -> float:
-    return (
-        alike["anything"]
-        + alike["kind"] * (a.kind == b.kind)
-        + alike["role"] * (a.role == b.role)
-        + alike["shape"] * (a.shape == b.shape)
-    )
+def _full_rank(site: Site) -> int:
+    rows = next((length for length in site.shape if length > 1), 1)
+    return min(rows, max(1, site.numel // rows))
 
 
 def _round(price: float) -> float:

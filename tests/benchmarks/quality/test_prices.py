@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import npas_fx
 from npas_fx.ir import Plan, Profile
 from npas_fx.profiles.structure import (
-    ALIKE,
     ROLE_FACTORS,
+    UNLIKE,
     Assumptions,
     StructureProfile,
     profile_structure,
@@ -39,7 +39,6 @@ FROM_SIZES = {
     "logarithm of reuse": lambda share: -math.log(share),
     "reuse": lambda share: 1 / share - 1,
 }
-STRUCTURAL = [price for price in PRICES if price not in FROM_SIZES]
 shares = st.floats(0.01, 0.99)
 
 
@@ -64,14 +63,14 @@ def test_sharing_costs_something_and_more_the_less_a_bank_owns(
     task = data.draw(st.sampled_from(list(TASKS)))
     profile, sites = PROFILES[price, task], data.draw(sites_of(task))
     lower, higher = sorted([lower, higher])
-    assert profile.price(sites, lower) >= profile.price(sites, higher) >= 0
-    assert profile.price(sites, 0.01) > profile.price(sites, 0.99) > 0
+    assert profile.price(sites, lower, 4, 1) >= profile.price(sites, higher, 4, 1) >= 0
+    assert profile.price(sites, 0.01, 4, 1) > profile.price(sites, 0.99, 4, 1) > 0
 
 
 @pytest.mark.parametrize("price", PRICES)
 @pytest.mark.parametrize("task", TASKS)
 def test_more_than_all_parameters_cost_nothing(price: str, task: str) -> None:
-    assert PROFILES[price, task].price([0, 1], 2.0) <= 0
+    assert PROFILES[price, task].price([0, 1], 2.0, 4, 1) <= 0
 
 
 @pytest.mark.parametrize("price", PRICES)
@@ -134,7 +133,9 @@ def test_partial_templates_lower_the_price(price: str) -> None:
     assert price_plan(profile, inventory, described) < price_plan(profile, inventory, shorter)
 
 
-@pytest.mark.parametrize("price", ["as shipped", "all alike", "missing parameters", "reuse"])
+@pytest.mark.parametrize(
+    "price", ["as shipped", "all weights alike", "missing parameters", "reuse"]
+)
 def test_a_plan_to_which_nothing_was_added_costs_what_its_certificate_says(price: str) -> None:
     # Tied weights have one size, and the smallest budget that they can meet leaves nothing over.
     model, inventory = MODELS["characters"], INVENTORIES["characters"]
@@ -152,34 +153,56 @@ def test_a_plan_to_which_nothing_was_added_costs_what_its_certificate_says(price
 def test_as_shipped_is_what_the_planner_uses(task: str, data: st.DataObject, share: float) -> None:
     sites = data.draw(sites_of(task))
     shipped = profile_structure(INVENTORIES[task])
-    assert PROFILES["as shipped", task].price(sites, share) == shipped.price(sites, share)
-    spelled_out = assume(
-        task, role_factors=ROLE_FACTORS, alike=ALIKE, depth_decay=3.0, conflict=0.5
+    assert PROFILES["as shipped", task].price(sites, share, 4, 1) == shipped.price(
+        sites, share, 4, 1
     )
-    assert spelled_out.price(sites, share) == shipped.price(sites, share)
+    spelled_out = assume(task, role_factors=ROLE_FACTORS, unlike=UNLIKE, growth=0.5)
+    assert spelled_out.price(sites, share, 4, 1) == shipped.price(sites, share, 4, 1)
 
 
-def price_of(price: str, task: str, sites: Sequence[int], share: float = 0.5) -> float:
+def price_of(
+    price: str,
+    task: str,
+    sites: Sequence[int],
+    share: float = 0.5,
+    templates: int = 4,
+    parts: float = 2.0,
+) -> float:
     profile: Profile = PROFILES[price, task]
-    return profile.price(sites, share)
+    return profile.price(sites, share, templates, parts)
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("part", ["reuse", "rank", "parts", "distance in depth"])
 @given(data=st.data(), share=shares)
-def test_the_price_of_conflict_is_a_part_of_the_price(
-    task: str, data: st.DataObject, share: float
+def test_each_part_adds_to_the_price(
+    task: str, part: str, data: st.DataObject, share: float
 ) -> None:
     sites = data.draw(sites_of(task))
     free, shipped, double = (
         price_of(price, task, sites, share)
-        for price in ("no price of conflict", "as shipped", "double price of conflict")
+        for price in (f"no price of {part}", "as shipped", f"double price of {part}")
     )
     assert double - shipped == pytest.approx(shipped - free, abs=1e-8)
-    kinds = {(s.kind, s.role, s.shape) for s in map(INVENTORIES[task].sites.__getitem__, sites)}
-    if len(kinds) > 1:
-        assert free < shipped < double
-    else:
-        assert free == pytest.approx(double, abs=1e-8)
+    assert free <= shipped
+
+
+@pytest.mark.parametrize("task", TASKS)
+@given(data=st.data(), share=shares)
+def test_unlike_weights_cost_more_if_a_factor_is_all_that_tells_them_apart(
+    task: str, data: st.DataObject, share: float
+) -> None:
+    sites = data.draw(sites_of(task))
+    for templates, parts in ((1, 1.0), (2, 1.0), (4, 3.0)):
+        free, shipped = (
+            price_of(price, task, sites, share, templates, parts)
+            for price in ("no price of a factor only", "as shipped")
+        )
+        added = shipped - free
+        if (templates, parts) == (1, 1.0):
+            first = added
+        assert added == pytest.approx(first / (templates * parts) ** 2, abs=1e-8)
+    assert (first > 1e-7) == (len(sites) > 1)
 
 
 @pytest.mark.parametrize(
@@ -190,91 +213,59 @@ def test_the_price_of_conflict_is_a_part_of_the_price(
         ("projections cost double", "parallel_projection"),
     ],
 )
-def test_a_role_costs_double_next_to_the_others(price: str, role: str) -> None:
-    sites, (head,) = INVENTORIES["characters"].sites, number_of("characters", "head")
+def test_a_role_costs_double_next_to_one_whose_factor_is_1(price: str, role: str) -> None:
+    inventory, (other,) = INVENTORIES["characters"], number_of("characters", "head")
     for site in number_of("characters", role):
-        ratio = price_of(price, "characters", [site]) / price_of(price, "characters", [head])
-        expected = 2 * sites[site].numel / (ROLE_FACTORS["head"] * sites[head].numel)
-        assert ratio == pytest.approx(expected, rel=1e-5)
+        doubled, shipped = (
+            PROFILES[each, "characters"].importance[site]
+            / PROFILES[each, "characters"].importance[other]
+            for each in (price, "as shipped")
+        )
+        assert doubled / shipped == pytest.approx(2 / ROLE_FACTORS[inventory.sites[site].role])
 
 
-def test_all_roles_alike_price_single_weights_by_their_sizes() -> None:
+@pytest.mark.parametrize(
+    ("price", "growth"),
+    [("all weights matter alike", 0.0), ("weights matter by their size", 1.0)],
+)
+def test_how_much_size_matters(price: str, growth: float) -> None:
     for task, inventory in INVENTORIES.items():
-        total = sum(site.numel for site in inventory.sites)
-        prices = [price_of("all roles alike", task, [k]) for k in range(len(inventory.sites))]
-        sizes = [site.numel / total for site in inventory.sites]
-        ratios = [price / size for price, size in zip(prices, sizes, strict=True)]
-        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-5)
-        shipped = [price_of("as shipped", task, [k]) for k in range(len(inventory.sites))]
-        assert max(shipped) / min(shipped) != pytest.approx(max(prices) / min(prices))
-
-
-def test_roles_without_a_factor_of_their_own_are_priced_as_before() -> None:
-    task = "characters"
-    sites = INVENTORIES[task].sites
-    first, second = number_of(task, "head")[0], number_of(task, "embedding")[0]
-    ratios = {
-        price: price_of(price, task, [first]) / price_of(price, task, [second])
-        for price in ("as shipped", "writers cost double", "readers cost double")
-    }
-    expected = 4 * sites[first].numel / (2 * sites[second].numel)
-    assert ratios == pytest.approx(dict.fromkeys(ratios, expected), rel=1e-5)
-
-
-def far_apart(task: str) -> list[int]:
-    """Two weights of one role and shape, far from each other in depth."""
-    sites = INVENTORIES[task].sites
-    pairs = [
-        (abs(a.depth - b.depth), j, k)
-        for j, a in enumerate(sites)
-        for k, b in enumerate(sites[:j])
-        if (a.role, a.shape, a.kind) == (b.role, b.shape, b.kind)
-    ]
-    _, later, earlier = max(pairs)
-    return [earlier, later]
-
-
-def test_distance_in_depth_costs_what_the_decay_says() -> None:
-    pair = far_apart("characters")
-    none, shipped, tenfold = (
-        price_of(price, "characters", pair)
-        for price in ("no decay with depth", "as shipped", "tenfold decay with depth")
-    )
-    assert none < shipped < tenfold
-    # Without it, weights of one role and shape are the same weight: one template makes both.
-    alone = price_of("no price of conflict", "characters", pair[:1])
-    assert none < alone
+        expected = [ROLE_FACTORS[site.role] * site.numel**growth for site in inventory.sites]
+        found = PROFILES[price, task].importance
+        assert found == pytest.approx([each / sum(expected) for each in expected])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_only_what_is_asked_for_makes_weights_alike(task: str) -> None:
-    sites = INVENTORIES[task].sites
-    for price, is_alike in (
-        ("alike by role only", lambda a, b: a.role == b.role),
-        ("alike by shape only", lambda a, b: a.shape == b.shape),
-        ("all alike", lambda a, b: True),
-    ):
-        similarity = PROFILES[price, task].similarity
-        for j, a in enumerate(sites):
-            for k, b in enumerate(sites):
-                assert similarity[j, k] == (1 if is_alike(a, b) else 0)
+def test_where_all_are_alike_only_depth_tells_weights_apart(task: str) -> None:
+    profile = PROFILES["all weights alike", task]
+    assert isinstance(profile, StructureProfile)
+    assert (profile.unlike == 0).all()
+    assert profile.distance.max() == 1
 
 
-@pytest.mark.parametrize("price", STRUCTURAL)
-def test_likenesses_of_all_assumptions_are_at_most_one(price: str) -> None:
-    for task in TASKS:
-        profile = PROFILES[price, task]
-        assert isinstance(profile, StructureProfile)
-        assert sum(profile.assumptions.alike.values()) == pytest.approx(1)
-        assert profile.similarity.max() <= 1 + 1e-12
-        assert profile.importance.sum() == pytest.approx(1)
+def test_eigenvalues_find_templates_for_what_is_alike() -> None:
+    """Weights of one role and shape, near to each other, cost less than weights of any."""
+    sites = INVENTORIES["characters"].sites
+    up = [k for k, site in enumerate(sites) if site.name.endswith("up.weight")]
+    down = [k for k, site in enumerate(sites) if site.name.endswith("down.weight")]
+    price = "eigenvalues of likeness"
+    same = price_of(price, "characters", up[:2]) + price_of(price, "characters", down[:2])
+    mixed = sum(price_of(price, "characters", [up[k], down[k]]) for k in range(2))
+    assert same < mixed
+    near, far = price_of(price, "characters", up[:2]), price_of(price, "characters", up[::2])
+    assert near < far
 
 
 def test_no_two_prices_are_the_same() -> None:
     sites = range(len(INVENTORIES["characters"].sites))
     parts = [list(sites[:5]), list(sites[3:12]), list(sites[8:]), [2, 5], [2], [4]]
     priced = {
-        price: tuple(price_of(price, "characters", part, 0.3) for part in parts) for price in PRICES
+        price: tuple(
+            price_of(price, "characters", part, share, templates)
+            for part in parts
+            for share, templates in ((0.3, 4), (0.02, 1))
+        )
+        for price in PRICES
     }
     assert len(set(priced.values())) == len(PRICES)
 
@@ -287,5 +278,5 @@ def test_prices_from_sizes_see_no_difference_between_weights(price: str) -> None
     assert (off_diagonal == 1).all()
     by_numel: dict[int, set[float]] = {}
     for k, site in enumerate(INVENTORIES["characters"].sites):
-        by_numel.setdefault(site.numel, set()).add(profile.price([k], 0.3))
+        by_numel.setdefault(site.numel, set()).add(profile.price([k], 0.3, 4, 1))
     assert all(len(prices) == 1 for prices in by_numel.values())
