@@ -85,7 +85,7 @@ def _attempt(function: Callable[..., _T], *args: Any) -> _T | Exception:
 def _prepare(run: Run, data_dir: Path, cache_dir: Path, device: str | None) -> _Prepared:
     task = _read_task(run.task, run.setting, data_dir, cache_dir, device)
     torch.manual_seed(run.seed)
-    plain = task.make(task.width, task.depth).to(task.recipe.device)
+    plain = task.make(task.width, task.depth)
     options = run.option
     own_rates = {name: options.pop(name) for name in _RATES if name in options}
     rates = Rates(lr=run.lr, weight_decay=run.weight_decay, **own_rates)
@@ -112,7 +112,7 @@ def _prepare(run: Run, data_dir: Path, cache_dir: Path, device: str | None) -> _
             rates=rates,
             coefficients=contestant.coefficients,
         ),
-        step_time=compare_step_times(module, plain, task),
+        step_time=compare_step_times(module, plain.to(task.recipe.device), task),
     )
 
 

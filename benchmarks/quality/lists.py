@@ -209,8 +209,7 @@ def list_full(task: str) -> Iterator[Run]:
 
 def _rate_of_coefficients(task: str, budget: float) -> dict[str, Any]:
     """Options of methods whose weights are mixed; at 100 % ours mixes none."""
-    has_some = budget != 1 and task in COEFFICIENT_LR
-    return {"coefficient_lr": COEFFICIENT_LR[task]} if has_some else {}
+    return {"coefficient_lr": COEFFICIENT_LR[task]} if budget < 1 and task in COEFFICIENT_LR else {}
 
 
 LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {

@@ -34,7 +34,7 @@ ROLE_FACTORS = {
 UNLIKE = {"place": 0.5, "role": 0.3, "kind": 0.2}
 # What doubling a bank beyond the size of its weights is worth; so little that no weights are
 # shared to make room for it.
-EXCESS = 0.02
+EXCESS = 5e-4
 # Prices are multiples of this, so that their sums are exact in floating point.
 RESOLUTION = 2.0**-32
 
@@ -135,9 +135,11 @@ class StructureProfile:
         bank, assumed = self._describe(tuple(sites)), self.assumptions
         if share > 1:
             # Generating a weight costs time whatever the excess: rather two templates for half of
-            # the weights than a few more for all, and rather small banks than large ones.
+            # the weights than a few more for all, and rather small banks than large ones. An
+            # element is worth the same in all of them.
+            part = bank.numel / self.numel.sum()
             worth = math.log2(share) if share > 2 else (share - 1) ** 2
-            return _round(-EXCESS * bank.importance * worth * (1 - 1e-3 * min(len(sites), 100)))
+            return _round(-EXCESS * part * worth * (1 - 1e-3 * min(len(sites), 100)))
         owned = share * bank.numel
         larger = int(np.searchsorted(-bank.elements, -owned))  # this many sites are
         lost = bank.lost[:larger] @ (np.sqrt(bank.elements[:larger] / owned) - 1)
