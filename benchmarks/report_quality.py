@@ -7,8 +7,8 @@ r"""Write what a CSV file of training runs says: quality against parameters, or 
 
 The study "results" gives tables of methods by budgets, with a picture for each task and setting
 where --plot names a folder (needs matplotlib); the study "prices" says what prices are worth, for
-which it needs the plain networks; any other study gives its configurations, best first. Runs may be
-missing: the page counts them.
+which it needs the plain networks; any other study gives its configurations, best first, or with
+--data-dir what prices are worth for its plans. Runs may be missing: the page counts them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="CSV file that the training wrote")
     parser.add_argument("--study", default=RESULTS)
     parser.add_argument(
-        "--data-dir", type=Path, help="as for the training; for the study of prices"
+        "--data-dir", type=Path, help="as for the training; to say what prices are worth"
     )
     parser.add_argument("--ours", default="ours", help="method to compare each other one with")
     parser.add_argument("--write", type=Path, help="file to write the page to, as Markdown")
@@ -54,9 +54,10 @@ def main() -> None:
     if args.study == RESULTS:
         plots = _draw(args, rows) if args.plot is not None else {}
         page = write_results(rows, command=_command(args), ours=args.ours, plots=plots)
-    elif args.study == PRICES:
+    elif args.study == PRICES or args.data_dir is not None:
         if args.data_dir is None:
             parser.error("the study of prices needs --data-dir, to make the plain networks")
+        rows = [row for row in rows if row.result.plan]
         inventories = _inspect_plain(rows, args.data_dir)
         page = write_prices(rows, inventories, command=_command(args))
     else:

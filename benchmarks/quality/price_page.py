@@ -11,7 +11,7 @@ from quality.records import Row
 from quality.tables import describe_machines, percent
 
 EXPLANATION = (
-    "Each run trains one plan that is best for random prices. The first table gives Spearman's "
+    "Each run trains one plan. The first table gives Spearman's "
     "rank correlation of predicted price and validation loss, within a budget, averaged over the "
     "budgets: +1 where the price ranks plans as training does, 0 where it says nothing. The second "
     "gives what one percent of the model's parameters costs, in nats, where this role has to miss "

@@ -112,8 +112,8 @@ class StructureProfile:
 
     @property
     def name(self) -> str:
-        """Of the profile."""
-        return "structure"
+        """With what is known of it: docs/decisions/0004-prices-from-structure.md."""
+        return "structure (a guess: it told good plans from bad for one of two networks)"
 
     @cached_property
     def distance(self) -> _Array:
