@@ -434,10 +434,10 @@ def test_ours_is_the_default_transform(task: str, share: float) -> None:
 
 def test_ours_plans_with_the_generators_that_the_options_name() -> None:
     model = make_model(TASKS["characters"])
-    given = assign(TASKS["characters"], model, 0.25, generators=["wavg"])
+    given = assign(TASKS["characters"], model, 0.6, generators=["tied"])
     made = METHODS["ours"](given)
-    assert made.plan != build("ours", "characters", 0.25).contestant.plan
-    expected = npas_fx.transform(model, given.budget, generators=["wavg"])
+    assert made.plan != build("ours", "characters", 0.6).contestant.plan
+    expected = npas_fx.transform(model, given.budget, generators=["tied"])
     assert is_equal(made.module, expected)
 
 
