@@ -30,7 +30,7 @@ ROUNDS: tuple[tuple[int | None, float], ...] = ((8, 1.0), (32, 3.0), (None, 8.0)
 # is this close to the bound, as a share of it: above a model's size many plans are all but equally
 # good, and telling them apart took 14 s for ResNet-50 at twice its size, from a gap of 1e-6 on.
 PROOF = 1.0
-CLOSE_ENOUGH = 1e-4
+CLOSE_ENOUGH = 5e-4
 
 
 def select(problem: PlanningProblem) -> Selection:
