@@ -85,6 +85,9 @@ def test_families_of_a_language_model():
     for key in (lambda s: s.shape, lambda s: s.role, lambda s: (s.role, s.shape)):
         for value in {key(site) for site in sites}:
             assert tuple(k for k, site in enumerate(sites) if key(site) == value) in found
+    (repeats,) = inventory.repeats
+    for place in zip(*repeats.sites, strict=True):  # the same place in all blocks
+        assert tuple(k for k, site in enumerate(sites) if site.name in place) in found
     up = [k for k, site in enumerate(sites) if site.name.endswith("c_fc.weight")]
     assert len(up) == 4
     for start in range(3):  # runs of neighbours in depth

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import npas_fx
-from models import MODELS
+from models import GPT, MODELS
 from npas_fx import RuleError, plan_of, transform
+from npas_fx.rules import apply_rules
 from oracle import count_trainable, shared_sites
 from strategies import BudgetSpec, NetworkSpec, PartSpec, networks, smallest
 
@@ -322,3 +323,11 @@ def test_rules_hold_in_the_emitted_module(spec, seed, place):
     free = len(weights) > 2
     assert count_trainable(shared) == budget or not free
     assert count_trainable(shared) <= budget
+
+
+def test_rules_keep_what_is_known_of_the_blocks():
+    inventory = npas_fx.inspect(GPT(depth=3))
+    assert inventory.repeats
+    rules = apply_rules(inventory, exclude=inventory.repeats[0].sites[0][0])
+    assert rules.inventory.repeats == inventory.repeats
+    assert rules.inventory.places() == inventory.places()

@@ -603,6 +603,7 @@ def test_the_smallest_modules_that_are_wrong_are_called(tmp_path):
     [
         ((LooksElsewhere, LooksRight), r"blocks\.0 is called"),
         ((LooksAtItsType, LooksRight, LooksElsewhere), r"blocks\.0, blocks\.2 are called"),
+        ((LooksAtItsType,) * 3, r"blocks\.0, blocks\.1, blocks\.2 are called"),
         ((LooksAtItsType, LooksElsewhere, LooksOften), "its own forward is called"),
     ],
 )
