@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import npas_fx
 from models import GPT, MODELS
 from npas_fx.generators import GENERATORS
 from npas_fx.generators.generator import num_parameters
@@ -17,6 +18,7 @@ from npas_fx.passes.capture import capture
 from npas_fx.profiles.structure import profile_structure
 from npas_fx.propose import propose
 from npas_fx.rules import Rules, apply_rules
+from quality.models import Decoder
 from strategies import networks
 
 
@@ -85,15 +87,22 @@ def test_families_of_a_language_model():
     for key in (lambda s: s.shape, lambda s: s.role, lambda s: (s.role, s.shape)):
         for value in {key(site) for site in sites}:
             assert tuple(k for k, site in enumerate(sites) if key(site) == value) in found
-    (repeats,) = inventory.repeats
-    for place in zip(*repeats.sites, strict=True):  # the same place in all blocks
-        assert tuple(k for k, site in enumerate(sites) if site.name in place) in found
     up = [k for k, site in enumerate(sites) if site.name.endswith("c_fc.weight")]
     assert len(up) == 4
     for start in range(3):  # runs of neighbours in depth
         assert tuple(up[start : start + 2]) in found
     generators = {c.generator for c in found[tuple(up)]}
     assert {"tied", "wavg"} <= generators
+
+
+def test_the_same_place_in_all_blocks_is_a_family():
+    inventory = npas_fx.inspect(Decoder(11, width=8, depth=5, num_heads=2, context=8))
+    found = by_sites(candidates_of(apply_rules(inventory)))
+    (repeats,) = inventory.repeats
+    for place in zip(*repeats.sites, strict=True):
+        members = [k for k, site in enumerate(inventory.sites) if site.name in place]
+        assert tuple(members) in found
+        assert tuple(members[1:3]) in found
 
 
 def test_larger_banks_are_proposed_only_above_the_models_size():

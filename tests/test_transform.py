@@ -598,6 +598,18 @@ def test_the_smallest_modules_that_are_wrong_are_called(tmp_path):
     torch.testing.assert_close(loaded(other), shared(other), rtol=0, atol=0)
 
 
+def test_a_module_that_is_called_twice_is_compared_call_by_call():
+    class Twice(Blocks):
+        def forward(self, batch):
+            right, wrong = self.blocks
+            x = self.stem(batch["x"]) + right(batch)
+            return self.head(x + right({"x": x.tanh()}) + wrong(batch))
+
+    model, batch = Twice(LooksRight, LooksAtItsType), {"x": torch.randn(4, 6)}
+    with pytest.warns(npas_fx.CaptureWarning, match=r"blocks\.1 is called instead"):
+        npas_fx.transform(model, 0.6, example_inputs=(batch,))
+
+
 @pytest.mark.parametrize(
     ("kinds", "called"),
     [

@@ -143,6 +143,22 @@ def test_unlike_weights_cost_more_together():
     assert profile.price(up, 0.5, 2, 1) < profile.price(up, 0.5, 2, 2)
 
 
+@pytest.mark.parametrize("budget", [1.02, 1.1, 1.4])
+@pytest.mark.parametrize(
+    "make",
+    [
+        MODELS["mlp"].make,
+        MODELS["residual_cnn"].make,
+        lambda: Decoder(65, width=64, depth=4, num_heads=4, context=8),
+    ],
+)
+def test_above_the_models_size_nothing_is_shared_to_make_room(make, budget):
+    model = make()
+    numel = {site.name: site.numel for site in npas_fx.inspect(model).sites}
+    for bank in npas_fx.plan(model, budget).banks:
+        assert bank.parameters >= sum(numel[name] for name in bank.sites)
+
+
 def test_the_place_in_a_block_tells_weights_of_one_role_apart():
     inventory = npas_fx.inspect(Decoder(11, width=8, depth=3, num_heads=2, context=8))
     number = {site.name: k for k, site in enumerate(inventory.sites)}
