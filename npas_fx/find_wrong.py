@@ -21,7 +21,7 @@ from npas_fx.passes.tracer import RESULTS, leaves_of
 from npas_fx.verify import NOISE, all_weights, compare, copy_inputs, copy_with_noise, generate, run
 
 # Path of a module and the number of its call -> place -> what it has returned there.
-_Results: TypeAlias = dict[tuple[str, int], dict[int, Any]]
+_Results: TypeAlias = dict[tuple[str, int], dict["int | None", Any]]
 
 
 def find_wrong_modules(
@@ -106,7 +106,7 @@ def _note_calls(model: nn.Module, results: _Results) -> None:
 
     def note(path: str, result: Any) -> None:
         number_of[path] += 1
-        results[path, number_of[path]] = dict(enumerate(leaves_of(result)))
+        results[path, number_of[path]] = {None: result, **dict(enumerate(leaves_of(result)))}
 
     for path, module in model.named_modules():
         module.register_forward_hook(lambda _, __, result, path=path: note(path, result))
@@ -122,11 +122,12 @@ def _noting(mode: ModeGraph, results: _Results) -> fx.Graph:
         number_of[path] += 1
         numbers[call] = number_of[path]
 
-    def note(path: str, number: int, place: int, value: Any) -> None:
+    def note(path: str, number: int, place: int | None, value: Any) -> None:
         results.setdefault((path, number), {})[place] = value
 
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
         for path, call, place in node.meta.get(RESULTS, ()):
-            with graph.inserting_after(node):
+            with graph.inserting_after(inputs[-1] if node in inputs else node):
                 graph.call_function(note, (path, numbers[call], place, node))
     return graph

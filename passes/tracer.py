@@ -38,7 +38,7 @@ from npas_fx.passes.tried_numbers import TriedNumbers
 from npas_fx.passes.value_types import MadeTypes, takes_part
 
 # In the meta of a node: the results of traced calls that it is, each with the path of the module,
-# the number of the call, and its place in what that returns.
+# the number of the call, and its place among the leaves of what that returns; None if it is all.
 RESULTS = "results"
 _PLAIN_CONTAINERS = (dict, list, immutable_dict, immutable_list)
 
@@ -291,7 +291,8 @@ class Tracer(fx.Tracer):
         if not all(value is None or isinstance(value, fx.Proxy) for value in leaves_of(result)):
             asked |= called  # a constant may follow a flag that the call has read
         self._num_traced += 1
-        for place, value in enumerate(leaves_of(result)):
+        is_one = isinstance(result, fx.Proxy)  # perhaps of a container
+        for place, value in [(None, result)] if is_one else enumerate(leaves_of(result)):
             if isinstance(value, fx.Proxy):
                 value.node.meta.setdefault(RESULTS, []).append((path, self._num_traced, place))
         return result

@@ -599,15 +599,20 @@ def test_the_smallest_modules_that_are_wrong_are_called(tmp_path):
 
 
 def test_a_module_that_is_called_twice_is_compared_call_by_call():
+    class Same(LooksAtItsType):
+        def forward(self, batch, *others):
+            return (batch, *others) if others else batch
+
     class Twice(Blocks):
         def forward(self, batch):
-            right, wrong = self.blocks
-            x = self.stem(batch["x"]) + right(batch)
-            return self.head(x + right({"x": x.tanh()}) + wrong(batch))
+            same, right, wrong = self.blocks
+            x = self.stem(same(batch)["x"]) + right(batch)
+            x, y = same(x, right({"x": x.tanh()}))
+            return self.head(x + y + wrong(batch))
 
-    model, batch = Twice(LooksRight, LooksAtItsType), {"x": torch.randn(4, 6)}
-    with pytest.warns(npas_fx.CaptureWarning, match=r"blocks\.1 is called instead"):
-        npas_fx.transform(model, 0.6, example_inputs=(batch,))
+    model, batch = Twice(Same, LooksRight, LooksAtItsType), {"x": torch.randn(4, 6)}
+    with pytest.warns(npas_fx.CaptureWarning, match=r"\); blocks\.2 is called instead"):
+        npas_fx.transform(model, 0.7, example_inputs=(batch,))
 
 
 @pytest.mark.parametrize(
