@@ -117,12 +117,18 @@ def measure(
 
 
 def compare(
-    example: Example, *, backend: str = "aot_eager", budget: float = 0.5, emit: str = "graph"
+    example: Example,
+    *,
+    backend: str = "aot_eager",
+    budget: float = 0.5,
+    emit: str = "graph",
+    **rules: Any,
 ) -> Comparison:
     """Compile a model and its emitted module; what comes out of the latter must be as in eager."""
     model = example.make()
     args, kwargs = split(example.inputs(2))
-    shared = transform(model, budget, example_inputs=args, example_kwargs=kwargs, emit=emit)
+    examples = {"example_inputs": args, "example_kwargs": kwargs}
+    shared = transform(model, budget, **examples, emit=emit, **rules)
     eager = copy.deepcopy(shared)
     try:
         plain, _ = measure(copy.deepcopy(model), example, fullgraph=True, backend=backend)
