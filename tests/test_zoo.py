@@ -31,9 +31,9 @@ from timm.layers import BatchNormAct2d  # isort: skip
 BUDGETS = (0.1, 0.5, 1.0, 2.0)
 # Those that take longest run beside the rest of the zoo, and their like at night.
 MARKS = {
-    **dict.fromkeys(("resnet50", "hrnet_w18_small", "densenet121"), pytest.mark.zoo),
+    **dict.fromkeys(("resnet50", "densenet121"), pytest.mark.zoo),
     **dict.fromkeys(("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"), pytest.mark.slow),
-    "efficientnet_b0": pytest.mark.slow,
+    **dict.fromkeys(("efficientnet_b0", "hrnet_w18_small"), pytest.mark.slow),
 }
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
