@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quality.data import FILE_OF, DataError, find_file
-from quality.execute import execute_together
+from quality.execute import execute
 from quality.lists import LISTS
 from quality.methods import METHODS
 from quality.records import Row, Run, append_row, mend, read_rows, unfinished
@@ -144,7 +144,7 @@ def _try(
 ) -> list[Row | str]:
     return [
         row if isinstance(row, Row) else "".join(traceback.format_exception(row))
-        for row in execute_together(runs, data_dir, cache_dir, device)
+        for row in execute(runs, data_dir, cache_dir, device)
     ]
 
 

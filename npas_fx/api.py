@@ -20,6 +20,7 @@ from npas_fx.ir import Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import emit as emit_module
 from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
+from npas_fx.passes.examples import read_examples
 from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
 from npas_fx.passes.refuse_models import refuse_changes_by_train
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
@@ -30,6 +31,7 @@ from npas_fx.verify import all_weights, generate
 from npas_fx.verify import verify as run_oracle
 
 _Examples: TypeAlias = tuple[Any, Mapping[str, Any] | None, Sequence[Any]]
+_NO_EXAMPLES: _Examples = (None, None, ())
 # Of verification; after the last the model's own forward is called.
 _MOST_ROUNDS = 3
 
@@ -113,11 +115,8 @@ def transform(
         chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
         return _emit(model, captured, chosen, generators, seed, options)
 
-    options = EmitOptions(emit=emit, on_guard=on_guard)
-    if not verify or (example_inputs is None and example_kwargs is None):
-        return make(options)
-    examples = example_inputs, example_kwargs, more_examples
-    return _make_verified(make, model, examples, seed, options)
+    examples = (example_inputs, example_kwargs, more_examples) if verify else _NO_EXAMPLES
+    return _make_verified(make, model, examples, seed, EmitOptions(emit=emit, on_guard=on_guard))
 
 
 def plan(
@@ -223,11 +222,8 @@ def apply(
         captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
         return _emit(model, captured, plan, generators, seed, options)
 
-    options = EmitOptions(emit=emit, on_guard=on_guard)
-    if not verify or (example_inputs is None and example_kwargs is None):
-        return make(options)
-    examples = example_inputs, example_kwargs, more_examples
-    return _make_verified(make, model, examples, seed, options)
+    examples = (example_inputs, example_kwargs, more_examples) if verify else _NO_EXAMPLES
+    return _make_verified(make, model, examples, seed, EmitOptions(emit=emit, on_guard=on_guard))
 
 
 def _make_verified(
@@ -240,18 +236,23 @@ def _make_verified(
     """Make a module; where a graph is not what the model's code is, one that calls that code.
 
     The modules that are found to be wrong are called first, at last the model's own ``forward``.
+    Without examples nothing is verified.
 
     Raises:
         VerificationError: no graph is to blame.
     """
     emitted, blamed, rounds = make(options), None, 0
+    if examples[0] is None and examples[1] is None:
+        return emitted
     while (error := _find_error(emitted, model, examples, seed)) is not None:
         blamed, rounds = blamed or error, rounds + 1
         if options.emit == "module" or "" in emission_of(emitted).capture.leaves:
             raise blamed
-        wrong = find_wrong_modules(emitted, model, *examples, seed=seed)
-        more = sorted(wrong) if rounds < _MOST_ROUNDS else []
-        options = replace(options, calls=(*options.calls, *more) if more else ("",))
+        is_last = rounds == _MOST_ROUNDS
+        wrong = (
+            () if is_last else find_wrong_modules(emitted, model, read_examples(*examples), seed)
+        )
+        options = replace(options, calls=(*options.calls, *sorted(wrong)) if wrong else ("",))
         try:
             emitted = make(options)
         except NPASError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from torch import fx, nn
@@ -14,7 +14,7 @@ from npas_fx.passes.call import make_forward
 from npas_fx.passes.capture import ModeGraph
 from npas_fx.passes.emit import register_constants
 from npas_fx.passes.emitted import EmittedModule, emission_of
-from npas_fx.passes.examples import Example, read_examples
+from npas_fx.passes.examples import Example
 from npas_fx.passes.opaque import without_checkpoints
 from npas_fx.passes.skeleton import copy_with
 from npas_fx.passes.tracer import RESULTS, leaves_of
@@ -25,13 +25,7 @@ _Results: TypeAlias = dict[tuple[str, int], dict["int | None", Any]]
 
 
 def find_wrong_modules(
-    shared: EmittedModule,
-    model: nn.Module,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
-    more_examples: Sequence[Any] = (),
-    *,
-    seed: int = 0,
+    shared: EmittedModule, model: nn.Module, examples: Iterable[Example], seed: int
 ) -> frozenset[str]:
     """Find the first call that ends with another result in a graph than in the model's code.
 
@@ -41,16 +35,14 @@ def find_wrong_modules(
     Args:
         shared: fails ``verify``.
         model: that it was made from.
-        example_inputs: as for ``verify``.
-        example_kwargs: as for ``verify``.
-        more_examples: as for ``verify``.
+        examples: that it was verified on.
         seed: of the random numbers.
 
     Returns:
         Paths of modules that are traced; none where no result differs but that of the model.
     """
     modes = emission_of(shared).capture.modes
-    for example in read_examples(example_inputs, example_kwargs, more_examples):
+    for example in examples:
         for is_training in (True, False):
             mode = modes[0] if is_training or len(modes) == 1 else modes[1]
             path = _find_first(shared, model, mode, example, is_training, seed)

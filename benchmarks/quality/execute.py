@@ -1,4 +1,4 @@
-"""Carry out one run: make the network, train it, measure it."""
+"""Carry out runs: make the networks, train them, measure them."""
 
 from __future__ import annotations
 
@@ -23,33 +23,21 @@ _T = TypeVar("_T")
 _RATES = ("coefficient_lr", "coefficient_decay")
 
 
-def execute(run: Run, data_dir: Path, cache_dir: Path, device: str | None = None) -> Row:
-    """Train what a run says and measure it.
+def execute(
+    runs: Sequence[Run], data_dir: Path, cache_dir: Path, device: str | None = None
+) -> list[Row | Exception]:
+    """Train what runs say, at the same time for a GPU that one does not fill, and measure it.
 
     Args:
-        run: what to train.
-        data_dir: holds the data of its task.
+        runs: what to train.
+        data_dir: holds the data of their tasks.
         cache_dir: for decoded pictures.
         device: another than the recipe's.
 
-    Raises:
-        DataError: the task's data is not there.
-        ValueError: the method has no network for this budget.
-        FloatingPointError: the training diverges.
-    """
-    (row,) = execute_together([run], data_dir, cache_dir, device)
-    if isinstance(row, Exception):
-        raise row
-    return row
-
-
-def execute_together(
-    runs: Sequence[Run], data_dir: Path, cache_dir: Path, device: str | None = None
-) -> list[Row | Exception]:
-    """Train several runs at the same time, for a GPU that one does not fill; see ``execute``.
-
     Returns:
-        For each a row or what made it fail.
+        For each a row or what made it fail: ``DataError`` where the task's data is not there,
+        ``ValueError`` where the method has no network for the budget, ``FloatingPointError`` where
+        the training diverges.
     """
     start = time.perf_counter()
     prepared = [_attempt(_prepare, run, data_dir, cache_dir, device) for run in runs]

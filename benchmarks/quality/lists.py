@@ -24,9 +24,10 @@ BASELINES_ABOVE = ("overparameterized", "one_bank", "random_groups", "ssn")
 # Of trials: seeds and, for each method, learning rates and decays, as multiples of the recipe's.
 TRIAL_SEEDS = (100, 101, 102)
 TRIAL_RATES = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.2))
-FULL_SETTINGS = {"characters": ("full",), "cifar": ("wide", "resnet")}
-GROUPINGS = ("runs", "place", "role", "shape", "kind")
 TRIAL_SHARE = 0.3  # of the recipe's steps
+# Ways to group by hand; see ``make_groups``.
+GROUPINGS = ("runs", "place", "role", "shape", "kind")
+FULL_SETTINGS = {"characters": ("full",), "cifar": ("wide", "resnet")}
 # Learning rate of coefficients, from the list of that name: of all methods that have some.
 MIXING = ("ours", "one_bank", "random_groups", "ssn")
 COEFFICIENT_LR = {"characters": 5.0}

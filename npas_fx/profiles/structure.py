@@ -127,6 +127,10 @@ class StructureProfile:
         return far
 
     @cached_property
+    def _total(self) -> int:
+        return int(self.numel.sum())
+
+    @cached_property
     def _banks(self) -> dict[tuple[int, ...], _Bank]:
         return {}
 
@@ -137,7 +141,7 @@ class StructureProfile:
             # Generating a weight costs time whatever the excess: rather two templates for half of
             # the weights than a few more for all, and rather small banks than large ones. An
             # element is worth the same in all of them.
-            part = bank.numel / self.numel.sum()
+            part = bank.numel / self._total
             worth = math.log2(share) if share > 2 else (share - 1) ** 2
             return _round(-EXCESS * part * worth * (1 - 1e-3 * min(len(sites), 100)))
         owned = share * bank.numel

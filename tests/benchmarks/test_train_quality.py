@@ -73,7 +73,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     lists = {STUDY: list_runs, "trials": list_other_runs}
     monkeypatch.setattr(train_quality, "LISTS", lists)
     monkeypatch.setattr(train_quality, "_execute_all", execute_here)
-    monkeypatch.setattr(train_quality, "execute_together", trained.execute)
+    monkeypatch.setattr(train_quality, "execute", trained.execute)
     return trained
 
 

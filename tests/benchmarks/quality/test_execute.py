@@ -12,7 +12,7 @@ from torch import nn
 
 from quality import execute as execution
 from quality.contestant import Assignment, Contestant
-from quality.execute import execute, execute_together
+from quality.execute import execute
 from quality.records import Result, Row, Run, write_options
 from quality.tasks import Characters, Task
 from quality.training import Rates, Training, fit
@@ -46,7 +46,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
 
     def train(**changes: Any) -> Result:
         run = replace(RUN, **changes)
-        row = execute(run, tmp_path / "data", tmp_path / "cache")
+        (row,) = execute([run], tmp_path / "data", tmp_path / "cache")
+        if isinstance(row, Exception):
+            raise row
         assert row.run == run
         return row.result
 
@@ -186,7 +188,7 @@ def test_runs_that_go_together_are_those_that_go_alone(train, tmp_path: Path) ->
         replace(RUN, method="narrower", budget=0.0005),
         replace(RUN, method="ours", seed=1, steps=6),
     ]
-    first, diverged, impossible, last = execute_together(runs, tmp_path / "data", tmp_path)
+    first, diverged, impossible, last = execute(runs, tmp_path / "data", tmp_path)
     assert isinstance(diverged, FloatingPointError)
     assert isinstance(impossible, ValueError)
     for run, row in ((runs[0], first), (runs[3], last)):
@@ -210,6 +212,6 @@ def test_data_are_read_once_for_each_setting(
     monkeypatch.setattr(execution, "read_task", read_task)
     data_dir, cache_dir = tmp_path / "data", tmp_path / "cache"
     for setting in ("small", "full", "small"):
-        execute(replace(RUN, steps=1, setting=setting), data_dir, cache_dir)
+        execute([replace(RUN, steps=1, setting=setting)], data_dir, cache_dir)
     expected = [("characters", setting, data_dir, cache_dir) for setting in ("small", "full")]
     assert read == expected
