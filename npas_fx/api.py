@@ -248,10 +248,9 @@ def _make_verified(
         blamed, rounds = blamed or error, rounds + 1
         if options.emit == "module" or "" in emission_of(emitted).capture.leaves:
             raise blamed
-        is_last = rounds == _MOST_ROUNDS
-        wrong = (
-            () if is_last else find_wrong_modules(emitted, model, read_examples(*examples), seed)
-        )
+        wrong = frozenset[str]()
+        if rounds < _MOST_ROUNDS:
+            wrong = find_wrong_modules(emitted, model, read_examples(*examples), seed)
         options = replace(options, calls=(*options.calls, *sorted(wrong)) if wrong else ("",))
         try:
             emitted = make(options)
