@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,9 +75,11 @@ class _Bank(NamedTuple):
     far: float
     unlike: float
     numel: int
-    # Of each site, the largest first: elements, and importance over the root of the full rank.
-    elements: _Array
-    lost: _Array
+    # Less the elements of each site, the largest first. Then, summed over the first so many sites:
+    # importance over the root of the full rank, and that times the root of the elements.
+    less_elements: Sequence[float]
+    lost: Sequence[float]
+    lost_roots: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,14 @@ class StructureProfile:
     Attributes:
         importance: ``(S,)``.
         depth: ``(S,)``, 0 at the input, 1 at the output.
-        unlike: ``(S, S)``, from 0 for the same to 1.
+        classes: what may tell two sites apart -> ``(S,)``, equal numbers where it does not.
         numel: ``(S,)``, elements.
         full_rank: ``(S,)``, of matrices with a row for each output.
     """
 
     importance: _Array
     depth: _Array
-    unlike: _Array
+    classes: Mapping[str, npt.NDArray[np.int64]]
     numel: npt.NDArray[np.int64]
     full_rank: npt.NDArray[np.int64]
     assumptions: Assumptions = field(default_factory=Assumptions)
@@ -118,13 +121,10 @@ class StructureProfile:
     @cached_property
     def distance(self) -> _Array:
         """``(S, S)``, in depth and in all else."""
-        distance: _Array = self._far + self.unlike
+        distance: _Array = np.abs(self.depth[:, None] - self.depth)
+        for what, classes in self.classes.items():
+            distance += self.assumptions.unlike[what] * (classes[:, None] != classes)
         return distance
-
-    @cached_property
-    def _far(self) -> _Array:
-        far: _Array = np.abs(self.depth[:, None] - self.depth)
-        return far
 
     @cached_property
     def _total(self) -> int:
@@ -145,8 +145,8 @@ class StructureProfile:
             worth = math.log2(share) if share > 2 else (share - 1) ** 2
             return _round(-EXCESS * part * worth * (1 - 1e-3 * min(len(sites), 100)))
         owned = share * bank.numel
-        larger = int(np.searchsorted(-bank.elements, -owned))  # this many sites are
-        lost = bank.lost[:larger] @ (np.sqrt(bank.elements[:larger] / owned) - 1)
+        larger = bisect_left(bank.less_elements, -owned)  # this many sites are
+        lost = bank.lost_roots[larger] / math.sqrt(owned) - bank.lost[larger]
         alone = assumed.alone / (templates * parts) ** 2
         apart = (
             (assumed.depth + alone) * bank.far
@@ -154,7 +154,7 @@ class StructureProfile:
             + assumed.parts * (1 - 1 / parts) * bank.importance
         )
         reuse = assumed.reuse * -math.log(share) * bank.importance
-        return _round(reuse + assumed.rank * float(lost) + (1 - share) * apart)
+        return _round(reuse + assumed.rank * lost + (1 - share) * apart)
 
     def _describe(self, sites: tuple[int, ...]) -> _Bank:
         if sites not in self._banks:
@@ -162,14 +162,19 @@ class StructureProfile:
             importance = self.importance[chosen]
             total = float(importance.sum())
             order = np.argsort(-self.numel[chosen], kind="stable")
-            pairs = np.ix_(chosen, chosen)
+            elements = self.numel[chosen][order].astype(np.float64)
+            lost = (importance / np.sqrt(self.full_rank[chosen]))[order]
             self._banks[sites] = _Bank(
                 importance=total,
-                far=float(importance @ self._far[pairs] @ importance) / total,
-                unlike=float(importance @ self.unlike[pairs] @ importance) / total,
+                far=_mean_distance(self.depth[chosen], importance),
+                unlike=sum(
+                    self.assumptions.unlike[what] * _mean_difference(classes[chosen], importance)
+                    for what, classes in self.classes.items()
+                ),
                 numel=int(self.numel[chosen].sum()),
-                elements=self.numel[chosen][order].astype(np.float64),
-                lost=(importance / np.sqrt(self.full_rank[chosen]))[order],
+                less_elements=(-elements).tolist(),
+                lost=[0.0, *np.cumsum(lost).tolist()],
+                lost_roots=[0.0, *np.cumsum(lost * np.sqrt(elements)).tolist()],
             )
         return self._banks[sites]
 
@@ -187,19 +192,34 @@ def profile_structure(
         "role": [site.role for site in sites],
         "kind": [site.kind for site in sites],
     }
-    unlike = np.zeros((len(sites), len(sites)))
+    classes = {}
     for what, values in apart.items():
         number = {value: index for index, value in enumerate(dict.fromkeys(values))}
-        codes = np.array([number[value] for value in values])
-        unlike += assumptions.unlike[what] * (codes[:, None] != codes)
+        classes[what] = np.array([number[value] for value in values], np.int64)
     return StructureProfile(
         importance=matters / max(matters.sum(), 1e-300),
         depth=np.array([site.depth for site in sites], float),
-        unlike=unlike,
+        classes=classes,
         numel=np.array([site.numel for site in sites], np.int64),
         full_rank=np.array([_full_rank(site) for site in sites], np.int64),
         assumptions=assumptions,
     )
+
+
+def _mean_distance(depth: _Array, importance: _Array) -> float:
+    """``sum_ij e_i e_j |depth_i - depth_j| / sum_i e_i``, without all pairs."""
+    order = np.argsort(depth)
+    depth, importance = depth[order], importance[order]
+    before = np.cumsum(importance) - importance
+    passed = np.cumsum(importance * depth) - importance * depth
+    return float(2 * importance @ (depth * before - passed) / importance.sum())
+
+
+def _mean_difference(classes: npt.NDArray[np.int64], importance: _Array) -> float:
+    """``sum_ij e_i e_j [class_i != class_j] / sum_i e_i``, without all pairs."""
+    total = importance.sum()
+    same = np.bincount(classes, weights=importance)
+    return float(same @ (total - same) / total)
 
 
 def _full_rank(site: Site) -> int:

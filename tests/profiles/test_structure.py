@@ -168,8 +168,9 @@ def test_the_place_in_a_block_tells_weights_of_one_role_apart():
     )
     assert inventory.sites[query].role == inventory.sites[key].role
     profile = profile_structure(inventory)
-    assert profile.unlike[query, key] == structure.UNLIKE["place"]
-    assert profile.unlike[query, later] == 0
+    apart = profile.distance - abs(profile.depth[:, None] - profile.depth)
+    assert apart[query, key] == pytest.approx(structure.UNLIKE["place"])
+    assert apart[query, later] == pytest.approx(0)
     assert 0 < profile.distance[query, later] < profile.distance[key, later]
 
 

@@ -239,7 +239,7 @@ def test_how_much_size_matters(price: str, growth: float) -> None:
 def test_where_all_are_alike_only_depth_tells_weights_apart(task: str) -> None:
     profile = PROFILES["all weights alike", task]
     assert isinstance(profile, StructureProfile)
-    assert (profile.unlike == 0).all()
+    assert (profile.distance == abs(profile.depth[:, None] - profile.depth)).all()
     assert profile.distance.max() == 1
 
 
