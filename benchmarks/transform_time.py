@@ -51,11 +51,13 @@ BATCH_SIZE = 2
 # Width of the pictures to verify on; other models get those that they were made for.
 WIDTHS = {"resnet50": 64}
 
-STEPS = ("capture", "profile", "propose", "solve", "fill", "build banks", "emit")
+STEPS = ("capture", "profile", "propose", "refine", "solve", "fill", "build banks", "emit")
 # Where `transform` finds the functions of a step. Profile and solver are handed to it instead.
 CALLED = (
     (api, "capture", "capture"),
     (planning, "propose", "propose"),
+    (planning, "refine", "refine"),
+    (planning, "add_near", "refine"),
     (planning, "fill", "fill"),
     (api, "build_banks", "build banks"),
     (api, "give_birth", "build banks"),

@@ -7,6 +7,7 @@ from npas_fx.api import (
     materialize,
     param_groups,
     plan,
+    plan_frontier,
     plan_of,
     save,
     transform,
@@ -22,15 +23,17 @@ from npas_fx.errors import (
     PlanError,
     RewriteError,
     RuleError,
+    SolverWarning,
     StorageError,
     StorageWarning,
     VerificationError,
 )
-from npas_fx.ir import Budget, Inventory, Plan
+from npas_fx.ir import BankPlan, Budget, Inventory, Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BankPlan",
     "Budget",
     "BudgetError",
     "CaptureError",
@@ -43,6 +46,7 @@ __all__ = [
     "PlanError",
     "RewriteError",
     "RuleError",
+    "SolverWarning",
     "StorageError",
     "StorageWarning",
     "VerificationError",
@@ -52,6 +56,7 @@ __all__ = [
     "materialize",
     "param_groups",
     "plan",
+    "plan_frontier",
     "plan_of",
     "save",
     "transform",

@@ -16,7 +16,7 @@ from npas_fx.build import build_banks, check_plan, give_birth
 from npas_fx.errors import CaptureWarning, NPASError, PlanError, VerificationError
 from npas_fx.find_wrong import find_wrong_modules
 from npas_fx.generators import Generator
-from npas_fx.ir import Inventory, Plan
+from npas_fx.ir import BankPlan, Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import emit as emit_module
 from npas_fx.passes.emitted import EmitOptions, EmittedModule, emission_of
@@ -24,8 +24,8 @@ from npas_fx.passes.examples import read_examples
 from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
 from npas_fx.passes.refuse_models import refuse_changes_by_train
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
-from npas_fx.planning import Profiler, make_plan, resolve_generators
-from npas_fx.rules import Pattern, Patterns, apply_rules
+from npas_fx.planning import Profiler, make_frontier, make_plan, resolve_generators
+from npas_fx.rules import Groups, Patterns, apply_rules
 from npas_fx.solvers import Solver
 from npas_fx.verify import all_weights, generate
 from npas_fx.verify import verify as run_oracle
@@ -47,7 +47,10 @@ def transform(
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
-    same_bank: Sequence[Sequence[Pattern]] | None = None,
+    same_bank: Groups = None,
+    different_bank: Groups = None,
+    max_banks: int | None = None,
+    pin: Sequence[BankPlan] | None = None,
     profile: str | Profiler = "structure",
     generators: Sequence[str | Generator] | None = None,
     solver: str | Solver = "cp_sat",
@@ -75,6 +78,10 @@ def transform(
         exclude: these stay as they are; wins over ``include``.
         keep_private: these stay parameters of their own, but count as weights that might not.
         same_bank: groups of weights; those of one group end in one bank, others may join them.
+        different_bank: groups of weights; no two of a group end in one bank.
+        max_banks: how many banks of two or more weights there may be; others are not counted.
+        pin: banks of an earlier plan, perhaps edited; the plan has each of them as it is, with its
+            weights, generator and size.
         profile: name of a profile, or a function from an inventory to a profile.
         generators: names or objects of the generators that banks may follow; by default all.
         solver: name of a solver, or a function from a planning problem to a selection.
@@ -96,7 +103,8 @@ def transform(
     Raises:
         BudgetError: the budget cannot be understood.
         InfeasibleBudgetError: it cannot be met; ``.smallest`` says what can.
-        RuleError: a rule matches nothing, or rules contradict each other.
+        RuleError: a rule matches nothing, or rules contradict each other, so that no budget would
+            do.
         CaptureError: the model is wrapped, compiled or uninitialised, or fails on the example.
         VerificationError: the result computes something else than the model would.
 
@@ -111,6 +119,10 @@ def transform(
             exclude=exclude,
             keep_private=keep_private,
             same_bank=same_bank,
+            different_bank=different_bank,
+            max_banks=max_banks,
+            pin=pin,
+            generators=resolve_generators(generators),
         )
         chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
         return _emit(model, captured, chosen, generators, seed, options)
@@ -129,7 +141,10 @@ def plan(
     include: Patterns = None,
     exclude: Patterns = None,
     keep_private: Patterns = None,
-    same_bank: Sequence[Sequence[Pattern]] | None = None,
+    same_bank: Groups = None,
+    different_bank: Groups = None,
+    max_banks: int | None = None,
+    pin: Sequence[BankPlan] | None = None,
     profile: str | Profiler = "structure",
     generators: Sequence[str | Generator] | None = None,
     solver: str | Solver = "cp_sat",
@@ -143,6 +158,59 @@ def plan(
     Returns:
         The plan: print it, write it with ``to_json``, edit it, and hand it to ``apply``.
     """
+    (made,) = plan_frontier(
+        model,
+        [budget],
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        more_examples=more_examples,
+        include=include,
+        exclude=exclude,
+        keep_private=keep_private,
+        same_bank=same_bank,
+        different_bank=different_bank,
+        max_banks=max_banks,
+        pin=pin,
+        profile=profile,
+        generators=generators,
+        solver=solver,
+        emit=emit,
+        on_guard=on_guard,
+    )
+    return made
+
+
+def plan_frontier(
+    model: nn.Module,
+    budgets: Sequence[object],
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[Any] = (),
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keep_private: Patterns = None,
+    same_bank: Groups = None,
+    different_bank: Groups = None,
+    max_banks: int | None = None,
+    pin: Sequence[BankPlan] | None = None,
+    profile: str | Profiler = "structure",
+    generators: Sequence[str | Generator] | None = None,
+    solver: str | Solver = "cp_sat",
+    emit: str = "graph",
+    on_guard: str = "error",
+) -> list[Plan]:
+    """Choose the banks for many budgets at once, to see what each is worth.
+
+    All plans on one side of the model's size are chosen from the same candidates, and the solver
+    goes on from one to the next, so this takes less than a call of ``plan`` for each. ``budgets``
+    are in any form that ``transform`` takes; the model may be on the meta device; other arguments
+    and errors are those of ``transform``.
+
+    Returns:
+        The plans in the order of the budgets. Of two budgets in the same resource, parameters or
+        bytes, the larger one has no higher a ``certificate.objective``.
+    """
     options = EmitOptions(emit=emit, on_guard=on_guard)
     captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
     rules = apply_rules(
@@ -151,8 +219,12 @@ def plan(
         exclude=exclude,
         keep_private=keep_private,
         same_bank=same_bank,
+        different_bank=different_bank,
+        max_banks=max_banks,
+        pin=pin,
+        generators=resolve_generators(generators),
     )
-    return make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
+    return make_frontier(rules, budgets, profile=profile, generators=generators, solver=solver)
 
 
 def inspect(

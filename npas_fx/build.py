@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from npas_fx.banks import Bank
-from npas_fx.errors import PlanError
+from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
 from npas_fx.generators.generator import num_parameters
 from npas_fx.ir import BankPlan, Inventory, Kept, Plan, Site
@@ -38,7 +38,7 @@ def check_plan(plan: Plan, inventory: Inventory, generators: Mapping[str, Genera
                 )
             if name not in sites:
                 raise PlanError(f"{where}: the model has no weight {name!r}")
-        _check_bank(where, bank, [sites[name] for name in bank.sites], generators)
+        check_bank(where, bank, [sites[name] for name in bank.sites], generators)
     planned = {name for bank in plan.banks for name in bank.sites} | set(plan.kept)
     for name in (*sites, *stays):
         if name not in planned:
@@ -68,36 +68,47 @@ def check_plan(plan: Plan, inventory: Inventory, generators: Mapping[str, Genera
         )
 
 
-def _check_bank(
-    where: str, bank: BankPlan, sites: Sequence[Site], generators: Mapping[str, Generator]
+def check_bank(
+    where: str,
+    bank: BankPlan,
+    sites: Sequence[Site],
+    generators: Mapping[str, Generator],
+    error: type[NPASError] = PlanError,
 ) -> None:
+    """Refuse a bank that its weights cannot have, or whose numbers are wrong.
+
+    Args:
+        where: what messages call it.
+        bank: to check.
+        sites: its own.
+        generators: name -> generator.
+        error: what is raised.
+    """
     generator = generators.get(bank.generator)
     if generator is None:
-        raise PlanError(
-            f"{where}: no generator {bank.generator!r}; there are {', '.join(generators)}"
-        )
+        raise error(f"{where}: no generator {bank.generator!r}; there are {', '.join(generators)}")
     if len({(site.dtype, site.device) for site in sites}) > 1:
         found = ", ".join(f"{site.name} {site.dtype} {site.device}" for site in sites)
-        raise PlanError(f"{where}: a bank has one dtype and one device, but: {found}")
+        raise error(f"{where}: a bank has one dtype and one device, but: {found}")
     size, shapes = bank.size, [site.shape for site in sites]
     largest = max(site.numel for site in sites)
     if size.num_templates < 1 or not 1 <= size.template_size <= largest or size.num_partial < 0:
-        raise PlanError(
+        raise error(
             f"{where}: {size} is no size; it takes at least one template of 1 to {largest} elements"
         )
     if bank.is_dedicated and (len(sites) > 1 or size.num_partial or size.template_size != largest):
-        raise PlanError(f"{where}: a dedicated bank is exactly one weight")
+        raise error(f"{where}: a dedicated bank is exactly one weight")
     if bank.generator == "tied" and (len(set(shapes)) > 1 or size.template_size != largest):
-        raise PlanError(f"{where}: tied weights have one shape, {list(shapes)} differ")
+        raise error(f"{where}: tied weights have one shape, {list(shapes)} differ")
     owned = num_parameters(generator, shapes, size)
     for resource, amount in (
         ("parameters", owned),
         ("bytes", owned * sites[0].dtype.itemsize),
     ):
         if getattr(bank, resource) != amount:
-            raise PlanError(
+            raise error(
                 f"{where} says {resource}={getattr(bank, resource)}, but for the weights of this "
-                f"model it owns {amount}; write that number, or apply the plan to its own model"
+                f"model it owns {amount}; write that number, or use it with its own model"
             )
 
 

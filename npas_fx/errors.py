@@ -34,7 +34,7 @@ class BudgetTypeError(BudgetError, TypeError):
 
 
 class InfeasibleBudgetError(BudgetError):
-    """No plan fits the budget.
+    """No plan fits the budget, but one fits a larger one; where none would, it is a ``RuleError``.
 
     Attributes:
         smallest: the smallest budget that can be met, in parameters (in bytes for a byte budget).
@@ -54,7 +54,10 @@ def _infeasible(message: str, smallest: int) -> InfeasibleBudgetError:
 
 
 class RuleError(NPASError, ValueError):
-    """A user's rule (include, exclude, keep_private, same_bank) matches nothing or cannot hold."""
+    """A user's rule matches nothing, does not fit the model, or contradicts another.
+
+    Also when only planning shows that no plan keeps all rules, whatever the budget.
+    """
 
 
 class PlanError(NPASError, ValueError):
@@ -91,3 +94,7 @@ class StorageError(NPASError):
 
 class StorageWarning(UserWarning):
     """``save`` could not write an input of the capture; says what ``load`` has to be given."""
+
+
+class SolverWarning(UserWarning):
+    """A plan comes from another solver than the one that was asked for."""

@@ -12,6 +12,7 @@ from npas_fx.generators.generator import num_parameters
 from npas_fx.ir import Candidate, Profile, Site, Size
 from npas_fx.ir.budget import Resource
 from npas_fx.propose import make_candidate
+from npas_fx.rules import Rules
 
 
 def fill(
@@ -19,31 +20,33 @@ def fill(
     left: int,
     resource: Resource,
     *,
-    sites: Sequence[Site],
-    private: frozenset[int],
+    rules: Rules,
     profile: Profile,
     generators: Mapping[str, Generator],
 ) -> tuple[Candidate, ...]:
-    """Spend what is left of the budget on the chosen banks; no price rises.
+    """Spend what is left of the budget on the chosen banks, but pinned ones; no price rises.
 
     Banks get longer tiles or further templates while these fit, the best price for its cost first.
     Then one bank gets a partial template of as many elements as are left. Where all weights are
-    dedicated, one of them becomes a bank of its own first.
+    dedicated, or in pinned banks, one of them becomes a bank of its own first.
 
     Args:
         chosen: the selection.
         left: what it leaves of the budget, in ``resource``.
         resource: what is budgeted.
-        sites: of the inventory.
-        private: indices of the sites that must stay dedicated.
+        rules: with the inventory.
         profile: that priced the candidates.
         generators: name -> generator.
 
     Returns:
         The banks in the order of their first sites.
     """
-    grown = _Filler(list(chosen), left, resource, sites, private, profile, generators).run()
-    return tuple(sorted(grown, key=lambda candidate: candidate.sites))
+    pinned = {pin.sites for pin in rules.pinned}
+    fixed = [bank for bank in chosen if bank.sites in pinned]
+    free = [bank for bank in chosen if bank.sites not in pinned]
+    sites = rules.inventory.sites
+    grown = _Filler(free, left, resource, sites, rules.private, profile, generators).run()
+    return tuple(sorted((*fixed, *grown), key=lambda candidate: candidate.sites))
 
 
 class _Filler:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from npas_fx.solvers import cp_sat, greedy
-from npas_fx.solvers.problem import PlanningProblem, PlanningProblemError, Selection
+from npas_fx.solvers import cp_sat, greedy, highs, lagrange
+from npas_fx.solvers.cp_sat import select_frontier
+from npas_fx.solvers.frontier import select_each
+from npas_fx.solvers.problem import PlanningProblem, PlanningProblemError
+from npas_fx.solvers.selection import Obstacle, Selection
 
 
 class Solver(Protocol):
@@ -16,6 +19,20 @@ class Solver(Protocol):
         ...
 
 
-SOLVERS: dict[str, Solver] = {"cp_sat": cp_sat.select, "greedy": greedy.select}
+SOLVERS: dict[str, Solver] = {
+    "cp_sat": cp_sat.select,
+    "greedy": greedy.select,
+    "highs": highs.select,
+    "lagrange": lagrange.select,
+}
 
-__all__ = ["SOLVERS", "PlanningProblem", "PlanningProblemError", "Selection", "Solver"]
+__all__ = [
+    "SOLVERS",
+    "Obstacle",
+    "PlanningProblem",
+    "PlanningProblemError",
+    "Selection",
+    "Solver",
+    "select_each",
+    "select_frontier",
+]

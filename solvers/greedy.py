@@ -4,50 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-from npas_fx.solvers.cheapest import find_floor
-from npas_fx.solvers.dominance import undominated
-from npas_fx.solvers.problem import (
-    PlanningProblem,
-    Selection,
-    certify,
-    certify_infeasible,
-    restrict,
-    total_price,
-)
+from npas_fx.solvers.exact_cover import CoverProgram
+from npas_fx.solvers.floor import certify_infeasible, cheapest_plan, find_cover
+from npas_fx.solvers.integer_prices import to_integers
+from npas_fx.solvers.problem import PlanningProblem, total_price
+from npas_fx.solvers.reduce import Reduced, reduce
+from npas_fx.solvers.relaxation import MULTIPLIER_BITS, Multipliers, bound_by
+from npas_fx.solvers.selection import Selection, relative_gap
 
 # A step must lower the price by this much of the largest price, or sums of floats might circle.
 MIN_DECREASE = 1e-12
+# One step is taken at a time for so many sites: the best ones that have no bank in common. Then all
+# are compared anew.
+SITES_A_STEP = 64
 
 
 def select(problem: PlanningProblem) -> Selection:
     """Solve the planning problem approximately; whether it can be solved is decided exactly."""
     start = time.perf_counter()
-    kept = undominated(problem)
-    reduced = restrict(problem, kept)
-    floor = find_floor(reduced)
-    if floor.cover is None:
-        return certify_infeasible(
-            problem, smallest=floor.smallest, seconds=time.perf_counter() - start
-        )
-    chosen = tuple(kept[k] for k in plan(reduced, floor.cover))
-    return certify(
-        problem,
-        chosen,
-        _price_per_site(reduced),
-        is_proven=False,
-        smallest=floor.smallest,
-        cheapest_price=floor.cheapest_price,
+    reduced = reduce(problem)
+    chosen = plan(reduced)
+    if chosen is None:
+        return certify_infeasible(problem, seconds=time.perf_counter() - start)
+    chosen = tuple(sorted(reduced.given[k] for k in chosen))
+    objective = total_price(problem, chosen)
+    bound = min(objective, _bound_by_site(reduced))
+    return Selection(
+        chosen=chosen,
+        objective=objective,
+        bound=bound,
+        gap=relative_gap(problem, objective, bound, lambda: cheapest_plan(reduced, problem)),
+        status="optimal" if bound == objective else "feasible",
+        num_candidates=len(problem.members),
         seconds=time.perf_counter() - start,
     )
 
 
-def plan(problem: PlanningProblem, cover: tuple[int, ...]) -> tuple[int, ...]:
-    """Shrink the best-priced singles until they fit, then spend what is left; or grow a cover.
+def plan(reduced: Reduced, cover: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+    """Shrink the best-priced singles until they fit, then spend what is left.
 
     A step puts one candidate in place of all banks that it touches; sites of those that it does
     not cover itself return to their best-priced single. Shrinking takes the step with the least
@@ -55,36 +53,49 @@ def plan(problem: PlanningProblem, cover: tuple[int, ...]) -> tuple[int, ...]:
     costs.
 
     Args:
-        problem: Best without dominated candidates.
-        cover: A cover within the budgets.
+        reduced: What is asked.
+        cover: A cover, perhaps beyond the budgets, to start from as well.
 
     Returns:
-        The best of both walks and ``cover``.
+        The best plan found: the walk ends in none where it gets stuck, and then a cover within the
+        budgets is searched for exactly and grown. None is proof that there is none.
     """
-    if not problem.num_sites:
+    if reduced.bare:
+        return None
+    if not reduced.num_sites:
         return ()
-    steps = _Steps(problem)
-    plans = [cover, steps.grow(cover)]
-    shrunk = steps.shrink()
-    if shrunk is not None:
-        plans.append(steps.grow(shrunk))
-    return min(plans, key=lambda chosen: (total_price(problem, chosen), chosen))
+    steps = _Steps(reduced)
+    plans = []
+    for start in (steps.singles, *([] if cover is None else [cover])):
+        shrunk = steps.shrink(start)
+        if shrunk is not None:
+            plans.append(steps.grow(shrunk))
+    if not plans:
+        found = find_cover(reduced)
+        if found is None:
+            return None
+        plans.append(steps.grow(found))
+    return min(plans, key=lambda chosen: (reduced.total_price(chosen), chosen))
 
 
-def _price_per_site(problem: PlanningProblem) -> float:
-    """Bound the price: ``sum_i min_{c covers i} price_c / |c|``, exactly, rounded once.
+def _bound_by_site(reduced: Reduced) -> float:
+    """Bound the price: ``sum_i min_{c covers i} price_c / |c|``.
 
-    A price is the sum of its sites' shares, and no site has a lower share than its least. Both
-    this and a total price are rounded once, which keeps their order.
+    A price is the sum of its sites' shares, and no site has a lower share than its least.
     """
-    share: list[Fraction | None] = [None] * problem.num_sites
-    for sites, price in zip(problem.members, problem.price, strict=True):
-        candidate_share = Fraction(price) / len(sites)
-        for i in sites:
-            least = share[i]
-            if least is None or candidate_share < least:
-                share[i] = candidate_share
-    return float(sum((least for least in share if least is not None), Fraction(0)))
+    prices = to_integers(reduced.price)
+    program = CoverProgram.of(reduced, prices.values)
+    incidence = program.incidence
+    share = (program.price.astype(object) << MULTIPLIER_BITS) // incidence.lengths
+    least = np.array([0] * reduced.num_sites, object)
+    if len(share):
+        order = np.argsort(incidence.sites, kind="stable")
+        starts = np.cumsum(np.bincount(incidence.sites, minlength=reduced.num_sites))
+        least = np.minimum.reduceat(
+            share[incidence.candidates()][order], np.concatenate([[0], starts[:-1]])
+        )
+    multipliers = Multipliers(site=least, resource={})
+    return prices.to_price(bound_by(program, multipliers)[0])
 
 
 class _Steps:
@@ -102,50 +113,56 @@ class _Steps:
     is none: a plan that fits has no stand-in left.
     """
 
-    def __init__(self, problem: PlanningProblem) -> None:
-        bare = sorted(
-            set(range(problem.num_sites)).difference(*(s for s in problem.members if len(s) == 1))
-        )
-        self.members = problem.members + tuple((i,) for i in bare)
-        self.price = np.array(problem.price + (0.0,) * len(bare))
+    def __init__(self, reduced: Reduced) -> None:
+        num_sites = reduced.num_sites
+        lengths = reduced.incidence.lengths
+        has_single = np.zeros(num_sites, bool)
+        has_single[reduced.incidence.sites[reduced.incidence.starts[:-1][lengths == 1]]] = True
+        bare = np.flatnonzero(~has_single).tolist()
+        self.num_given = len(reduced.members)
+        self.members = [
+            *np.split(reduced.incidence.sites, reduced.incidence.starts[1:-1]),
+            *(np.array([i]) for i in bare),
+        ]
+        self.price = np.array(reduced.price + (0.0,) * len(bare))
         # (R, C), (R,): what candidates take of each resource, and what there is. A stand-in takes
         # the largest share in a candidate that could replace it, so replacing it saves.
-        rows = [cost + _largest_shares(problem, cost, bare) for cost in problem.cost.values()]
-        rows.append((0,) * len(problem.members) + (1,) * len(bare))
+        rows = [
+            np.concatenate([cost, _largest_shares(reduced, cost)[bare]])
+            for cost in reduced.cost.values()
+        ]
+        rows.append(np.array([0] * self.num_given + [1] * len(bare), np.int64))
         self.cost = np.array(rows, dtype=np.int64)
         self.budget = np.array(
-            [min(problem.budget[r], sum(problem.cost[r])) for r in problem.cost] + [0],
+            [min(reduced.budget[r], int(cost.sum())) for r, cost in reduced.cost.items()] + [0],
             dtype=np.int64,
         )
         # Resources compare by their share of the budget.
         self.unit = np.maximum(self.budget, 1).astype(np.float64)[:, None]
         self.tolerance = MIN_DECREASE * float(np.abs(self.price).max(initial=0.0))
+        self.most = max(1, num_sites // SITES_A_STEP)
 
-        lengths = [len(sites) for sites in self.members]
-        flat = np.array([i for sites in self.members for i in sites], dtype=np.int64)
+        flat = np.concatenate(self.members)
+        lengths = np.fromiter(map(len, self.members), np.int64, len(self.members))
         by_site = np.repeat(np.arange(len(lengths)), lengths)[np.argsort(flat, kind="stable")]
-        ends = np.cumsum(np.bincount(flat, minlength=problem.num_sites))
-        self.candidates_of: list[NDArray[np.int64]] = np.split(by_site, ends[:-1])
+        ends = np.cumsum(np.bincount(flat, minlength=num_sites))
+        self.candidates_of: list[npt.NDArray[np.int64]] = np.split(by_site, ends[:-1])
 
-        single_of: dict[int, int] = {}
-        for c, sites in enumerate(self.members):
-            if len(sites) == 1:
-                d = single_of.setdefault(sites[0], c)
-                if self._rank(c) < self._rank(d):
-                    single_of[sites[0]] = c
-        self.singles = tuple(single_of[i] for i in range(problem.num_sites))
-        singles = np.array(self.singles, dtype=np.int64)
-        first = np.cumsum([0, *lengths[:-1]])
+        alone = np.flatnonzero(lengths == 1)
+        site = np.concatenate([self.members[c] for c in alone.tolist()])
+        order = np.lexsort((alone, *self.cost[::-1, alone], self.price[alone], site))
+        first = np.diff(site[order], prepend=-1) != 0
+        singles = alone[order][first]  # of each site, the one with the best price
+        self.singles: tuple[int, ...] = tuple(singles.tolist())
+        starts = np.cumsum([0, *lengths[:-1]])
         # (C,), (R, C): what singles in place of each candidate change.
-        self.split_price = np.add.reduceat(self.price[singles][flat], first) - self.price
-        self.split_cost = np.add.reduceat(self.cost[:, singles][:, flat], first, axis=1) - self.cost
+        self.split_price = np.add.reduceat(self.price[singles][flat], starts) - self.price
+        self.split_cost = np.add.reduceat(self.cost[:, singles][:, flat], starts, axis=1)
+        self.split_cost -= self.cost
 
-    def _rank(self, c: int) -> tuple[float, tuple[int, ...]]:
-        return float(self.price[c]), tuple(self.cost[:, c].tolist())
-
-    def shrink(self) -> tuple[int, ...] | None:
-        """Walk from the best-priced singles into the budgets; None when stuck on the way."""
-        walk = _Walk(self, self.singles)
+    def shrink(self, cover: Iterable[int]) -> tuple[int, ...] | None:
+        """Walk from a cover into the budgets; None when stuck on the way."""
+        walk = _Walk(self, cover)
         while (overuse := np.maximum(walk.used - self.budget, 0)[:, None]).any():
             price, cost = walk.changes()
             after = np.maximum(overuse + np.where(overuse > 0, cost, 0), 0)
@@ -155,7 +172,7 @@ class _Steps:
             open_ = np.flatnonzero(no_worse & (after < overuse).any(axis=0) & (saved > 0))
             if not len(open_):
                 return None
-            walk.put(int(open_[np.argmin(price[open_] / saved[open_])]))
+            walk.put_best(open_, price[open_] / saved[open_], price, cost)
         return walk.chosen()
 
     def grow(self, cover: Iterable[int]) -> tuple[int, ...]:
@@ -168,7 +185,7 @@ class _Steps:
             if not len(open_):
                 return walk.chosen()
             spent = (np.maximum(cost[:, open_], 0) / self.unit).sum(axis=0)
-            walk.put(int(open_[np.argmin(price[open_] / np.maximum(spent, MIN_DECREASE))]))
+            walk.put_best(open_, price[open_] / np.maximum(spent, MIN_DECREASE), price, cost)
 
 
 class _Walk:
@@ -176,7 +193,7 @@ class _Walk:
 
     def __init__(self, steps: _Steps, cover: Iterable[int]) -> None:
         self.steps = steps
-        self.bank_of = [-1] * len(steps.candidates_of)
+        self.bank_of = np.full(len(steps.candidates_of), -1)
         self.used = np.zeros(len(steps.cost), dtype=np.int64)
         self.touched_price = np.zeros_like(steps.price)
         self.touched_cost = np.zeros_like(steps.cost)
@@ -184,50 +201,82 @@ class _Walk:
             self._add(bank)
 
     def chosen(self) -> tuple[int, ...]:
-        return tuple(sorted(set(self.bank_of)))
+        return tuple(sorted(set(self.bank_of.tolist())))
 
-    def changes(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def changes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Return what putting each candidate in would change: price ``(C,)``, cost ``(R, C)``."""
         return (
             self.touched_price - self.steps.split_price,
             self.touched_cost - self.steps.split_cost,
         )
 
-    def put(self, candidate: int) -> None:
+    def put_best(
+        self,
+        candidates: npt.NDArray[np.int64],
+        score: npt.NDArray[np.float64],
+        price: npt.NDArray[np.float64],
+        cost: npt.NDArray[np.int64],
+    ) -> None:
+        """Put in those with the lowest scores that do not get in each other's way.
+
+        Args:
+            candidates: Steps that are possible now.
+            score: Of each of them.
+            price: ``(C,)``, what each step changes now.
+            cost: ``(R, C)``, likewise.
+        """
+        steps = self.steps
+        if steps.most == 1:
+            few = np.array([score.argmin()])
+        else:
+            num_few = min(4 * steps.most, len(candidates))
+            few = np.argpartition(score, num_few - 1)[:num_few]
+        is_moved = np.zeros(len(self.bank_of), bool)
+        num_put = 0
+        for c in candidates[few[np.lexsort((candidates[few], score[few]))]].tolist():
+            banks = np.unique(self.bank_of[steps.members[c]])
+            sites = np.unique(np.concatenate([steps.members[bank] for bank in banks.tolist()]))
+            over = np.maximum(self.used - steps.budget, 0)
+            if num_put and (
+                is_moved[sites].any()
+                or (np.maximum(self.used + cost[:, c] - steps.budget, 0) > over).any()
+                or (price[c] > 0 and not over.any())
+            ):
+                continue
+            is_moved[sites] = True
+            self._put(c, banks, sites)
+            num_put += 1
+            if num_put == steps.most:
+                return
+
+    def _put(
+        self, candidate: int, banks: npt.NDArray[np.int64], sites: npt.NDArray[np.int64]
+    ) -> None:
         """Replace the banks that the candidate touches by it, and by singles beside it."""
-        sites = self.steps.members[candidate]
-        banks = sorted({self.bank_of[i] for i in sites})
-        beside = sorted({i for bank in banks for i in self.steps.members[bank]}.difference(sites))
-        for bank in banks:
+        for bank in banks.tolist():
             self._count(bank, -1)
         self._add(candidate)
-        for i in beside:
+        for i in np.setdiff1d(sites, self.steps.members[candidate]).tolist():
             self._add(self.steps.singles[i])
 
     def _add(self, bank: int) -> None:
-        for i in self.steps.members[bank]:
-            self.bank_of[i] = bank
+        self.bank_of[self.steps.members[bank]] = bank
         self._count(bank, 1)
 
     def _count(self, bank: int, sign: int) -> None:
         steps = self.steps
-        touches = np.zeros(len(steps.members), dtype=bool)
-        for i in steps.members[bank]:
-            touches[steps.candidates_of[i]] = True
+        sites = steps.members[bank]
+        touches = steps.candidates_of[int(sites[0])]
+        if len(sites) > 1:
+            touches = np.unique(np.concatenate([steps.candidates_of[i] for i in sites.tolist()]))
         self.touched_price[touches] += sign * steps.split_price[bank]
         self.touched_cost[:, touches] += sign * steps.split_cost[:, bank][:, None]
         self.used += sign * steps.cost[:, bank]
 
 
-def _largest_shares(
-    problem: PlanningProblem, cost: tuple[int, ...], sites: Iterable[int]
-) -> tuple[int, ...]:
-    """Return, for each of these sites, the most that it takes of ``cost`` in a candidate."""
-    sites = tuple(sites)
-    if not sites:
-        return ()
-    share = [0] * problem.num_sites
-    for members, cost_c in zip(problem.members, cost, strict=True):
-        for i in members:
-            share[i] = max(share[i], -(-cost_c // len(members)))
-    return tuple(share[i] for i in sites)
+def _largest_shares(reduced: Reduced, cost: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """``(S,)``, the most that each site takes of ``cost`` in a candidate."""
+    share = -(-cost // np.maximum(reduced.incidence.lengths, 1))
+    largest = np.zeros(reduced.num_sites, np.int64)
+    np.maximum.at(largest, reduced.incidence.sites, share[reduced.incidence.candidates()])
+    return largest

@@ -1,12 +1,14 @@
-"""What a solver is asked and what it answers, in plain numbers: no torch, no names of sites."""
+"""What a solver is asked, in plain numbers: no torch, no names of sites."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
 
 # CP-SAT counts in int64 and wants room for differences.
 MAX_TOTAL_COST = 2**62
@@ -24,12 +26,19 @@ class PlanningProblem:
         num_sites: The sites are ``0 .. num_sites - 1``.
         members: ``members[c]`` are the sites of candidate ``c``, strictly increasing.
         price: ``price[c]`` is the expected loss of candidate ``c``; it may be negative.
-        cost: Resource -> what each candidate takes of it. The first resource is the one whose
-            cheapest plan sets the scale of the gap.
+        cost: Resource -> what each candidate takes of it, whole and not negative; parameters,
+            bytes, FLOPs, whatever is counted. The cheapest plan in the first resource sets the
+            scale of the gap.
         budget: Resource -> what may be taken of it; the same resources as in ``cost``.
+        private: Sites that are alone in their bank.
+        same_bank: Groups of sites; a bank that has one of a group has all of it.
+        different_bank: Groups of sites; no bank has two of a group.
+        max_banks: The most banks of two or more sites; None for any number.
+        pin: Candidates that every plan has.
 
     Raises:
-        PlanningProblemError: The numbers contradict each other.
+        PlanningProblemError: The numbers contradict each other. That rules leave no plan is no
+            error, but what a solver finds out.
     """
 
     num_sites: int
@@ -37,6 +46,11 @@ class PlanningProblem:
     price: tuple[float, ...]
     cost: Mapping[str, tuple[int, ...]]
     budget: Mapping[str, int]
+    private: frozenset[int] = frozenset()
+    same_bank: tuple[tuple[int, ...], ...] = ()
+    different_bank: tuple[tuple[int, ...], ...] = ()
+    max_banks: int | None = None
+    pin: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no solver could answer."""
@@ -44,36 +58,50 @@ class PlanningProblem:
         _check_members(self)
         _check_prices(self)
         _check_costs(self)
+        _check_rules(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """The chosen candidates, and how good they are proven to be.
+class Incidence:
+    """Which sites candidates have, as arrays.
 
     Attributes:
-        chosen: The chosen candidates, increasing; empty when infeasible.
-        objective: Their total price; None when infeasible.
-        bound: No plan has a lower price than this; ``bound <= objective``; None when infeasible.
-        gap: ``(objective - bound) / max(|objective|, eps)``, where ``eps`` is 1e-6 of the absolute
-            price of the cheapest plan (in the first resource); 0 when both are equal, infinite
-            when both terms of the maximum are 0; None when infeasible.
-        status: ``optimal``: no plan has a lower price, up to the rounding that
-            ``npas_fx.solvers.integer_prices`` states and that ``gap`` shows. ``feasible``: a plan,
-            perhaps not the best. ``infeasible``: proven that there is none.
-        smallest: Resource -> the least that any cover takes of it, whatever the other budgets;
-            empty where no choice of candidates covers each site exactly once.
-        num_candidates: How many candidates the proof is over.
-        seconds: Wall-clock time.
+        sites: ``(M,)``, the sites of candidate 0, of candidate 1 and so on.
+        starts: ``(C + 1,)``, where those of each candidate start.
     """
 
-    chosen: tuple[int, ...]
-    objective: float | None
-    bound: float | None
-    gap: float | None
-    status: Literal["optimal", "feasible", "infeasible"]
-    smallest: Mapping[str, int]
-    num_candidates: int
-    seconds: float
+    sites: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, members: Sequence[tuple[int, ...]]) -> Incidence:
+        """Lay the sites of all candidates one after the other."""
+        lengths = np.fromiter(map(len, members), np.int64, len(members))
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        sites = np.fromiter(chain.from_iterable(members), np.int64, int(starts[-1]))
+        return cls(sites=sites, starts=starts)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """``(C,)``, how many sites each candidate has."""
+        return np.diff(self.starts)
+
+    def candidates(self) -> npt.NDArray[np.int64]:
+        """``(M,)``, the candidate of each entry of ``sites``."""
+        return np.repeat(np.arange(len(self.starts) - 1), self.lengths)
+
+    def candidates_of(self, num_sites: int) -> list[npt.NDArray[np.int64]]:
+        """Site -> the candidates that cover it, increasing."""
+        ordered = self.candidates()[np.argsort(self.sites, kind="stable")]
+        ends = np.cumsum(np.bincount(self.sites, minlength=num_sites))
+        return np.split(ordered, ends[:-1]) if num_sites else []
+
+    def total(self, value: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """Add up a value of each site over the sites of each candidate; every one has some."""
+        if len(self.starts) == 1:
+            return value[:0]
+        total: npt.NDArray[np.generic] = np.add.reduceat(value[self.sites], self.starts[:-1])
+        return total
 
 
 def total_price(problem: PlanningProblem, chosen: Iterable[int]) -> float:
@@ -93,74 +121,6 @@ def fits(problem: PlanningProblem, chosen: tuple[int, ...]) -> bool:
         total_cost(problem, chosen, resource) <= budget
         for resource, budget in problem.budget.items()
     )
-
-
-def restrict(problem: PlanningProblem, candidates: Sequence[int]) -> PlanningProblem:
-    """Keep these candidates only; candidate ``k`` of the result is ``candidates[k]``."""
-    return replace(
-        problem,
-        members=tuple(problem.members[c] for c in candidates),
-        price=tuple(problem.price[c] for c in candidates),
-        cost={r: tuple(cost[c] for c in candidates) for r, cost in problem.cost.items()},
-    )
-
-
-def certify(
-    problem: PlanningProblem,
-    chosen: tuple[int, ...],
-    bound: float,
-    *,
-    is_proven: bool,
-    smallest: Mapping[str, int],
-    cheapest_price: float,
-    seconds: float,
-) -> Selection:
-    """Write the certificate of a plan.
-
-    Args:
-        problem: What was asked.
-        chosen: A cover within the budgets.
-        bound: Proven lower bound.
-        is_proven: Whether the plan is proven optimal, though rounding kept the bound below it.
-        smallest: See ``Selection``.
-        cheapest_price: Price of the cheapest plan in the first resource.
-        seconds: See ``Selection``.
-    """
-    objective = total_price(problem, chosen)
-    assert bound <= objective, f"the bound {bound} is above the plan's {objective}"
-    return Selection(
-        chosen=chosen,
-        objective=objective,
-        bound=bound,
-        gap=_relative_gap(objective, bound, cheapest_price),
-        status="optimal" if is_proven or bound == objective else "feasible",
-        smallest=smallest,
-        num_candidates=len(problem.members),
-        seconds=seconds,
-    )
-
-
-def certify_infeasible(
-    problem: PlanningProblem, *, smallest: Mapping[str, int], seconds: float
-) -> Selection:
-    """Write the certificate that there is no plan."""
-    return Selection(
-        chosen=(),
-        objective=None,
-        bound=None,
-        gap=None,
-        status="infeasible",
-        smallest=smallest,
-        num_candidates=len(problem.members),
-        seconds=seconds,
-    )
-
-
-def _relative_gap(objective: float, bound: float, cheapest_price: float) -> float:
-    if objective == bound:
-        return 0.0
-    scale = max(abs(objective), 1e-6 * abs(cheapest_price))
-    return (objective - bound) / scale if scale > 0 else math.inf
 
 
 def _check_lengths(problem: PlanningProblem) -> None:
@@ -188,28 +148,30 @@ def _check_lengths(problem: PlanningProblem) -> None:
 
 
 def _check_members(problem: PlanningProblem) -> None:
-    covered: set[int] = set()
     for c, sites in enumerate(problem.members):
         if not sites:
             raise PlanningProblemError(f"candidate {c} has no sites. Leave it out.")
-        for left, right in itertools.pairwise(sites):
-            if left >= right:
-                raise PlanningProblemError(
-                    f"candidate {c}: site {right} follows site {left}. "
-                    "Give the sites of a candidate sorted, each once."
-                )
-        if sites[0] < 0 or sites[-1] >= problem.num_sites:
+        if min(sites) < 0 or max(sites) >= problem.num_sites:
             raise PlanningProblemError(
-                f"candidate {c} has the sites {sites[0]} to {sites[-1]}, out of range for "
+                f"candidate {c} has the sites {min(sites)} to {max(sites)}, out of range for "
                 f"num_sites={problem.num_sites}. Number the sites 0 to num_sites - 1."
             )
-        covered.update(sites)
-    for site in range(problem.num_sites):
-        if site not in covered:
-            raise PlanningProblemError(
-                f"site {site} is in no candidate, so no plan can cover it. "
-                f"Add a candidate with members ({site},)."
-            )
+    incidence = Incidence.of(problem.members)
+    flat, candidates = incidence.sites, incidence.candidates()
+    unsorted = (np.diff(flat) <= 0) & (np.diff(candidates) == 0)
+    if unsorted.any():
+        k = int(unsorted.argmax())
+        raise PlanningProblemError(
+            f"candidate {candidates[k]}: site {flat[k + 1]} follows site {flat[k]}. "
+            "Give the sites of a candidate sorted, each once."
+        )
+    bare = np.bincount(flat, minlength=problem.num_sites) == 0
+    if bare.any():
+        site = int(bare.argmax())
+        raise PlanningProblemError(
+            f"site {site} is in no candidate, so no plan can cover it. "
+            f"Add a candidate with members ({site},)."
+        )
 
 
 def _check_prices(problem: PlanningProblem) -> None:
@@ -255,3 +217,46 @@ def _check_costs(problem: PlanningProblem) -> None:
             )
         if budget < 0:
             raise PlanningProblemError(f"budget[{resource!r}]={budget}. Give 0 or more.")
+
+
+def _check_rules(problem: PlanningProblem) -> None:
+    named: dict[str, tuple[tuple[int, ...], ...]] = {
+        "private": (tuple(problem.private),),
+        "same_bank": problem.same_bank,
+        "different_bank": problem.different_bank,
+    }
+    for rule, groups in named.items():
+        for group in groups:
+            outside = [site for site in group if not 0 <= site < problem.num_sites]
+            if outside:
+                raise PlanningProblemError(
+                    f"{rule} names site {outside[0]}, out of range for "
+                    f"num_sites={problem.num_sites}. Number the sites 0 to num_sites - 1."
+                )
+    for c in problem.pin:
+        if not 0 <= c < len(problem.members):
+            raise PlanningProblemError(
+                f"pin names candidate {c}, but there are {len(problem.members)} candidates. "
+                "Give an index into members."
+            )
+    if problem.max_banks is not None and problem.max_banks < 0:
+        raise PlanningProblemError(f"max_banks={problem.max_banks}. Give 0 or more, or None.")
+
+
+def restrict(problem: PlanningProblem, candidates: Sequence[int]) -> PlanningProblem:
+    """Keep these candidates only; candidate ``k`` of the result is ``candidates[k]``.
+
+    Raises:
+        PlanningProblemError: They leave out a site, or one that is pinned.
+    """
+    position = {c: k for k, c in enumerate(candidates)}
+    lost = [c for c in problem.pin if c not in position]
+    if lost:
+        raise PlanningProblemError(f"candidate {lost[0]} is pinned. Do not leave it out.")
+    return replace(
+        problem,
+        members=tuple(problem.members[c] for c in candidates),
+        price=tuple(problem.price[c] for c in candidates),
+        cost={r: tuple(cost[c] for c in candidates) for r, cost in problem.cost.items()},
+        pin=tuple(position[c] for c in problem.pin),
+    )

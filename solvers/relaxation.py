@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linprog
+from scipy.sparse import csc_array, csr_array, csr_matrix, vstack
 
 from npas_fx.solvers.exact_cover import CoverProgram
 
-# Dual values are rounded to multiples of 2**-64 of a price unit: far below one unit even when
+_Array = npt.NDArray[np.float64]
+_Integers = npt.NDArray[np.object_]  # of Python's, which have no largest
+
+# Multipliers are rounded to multiples of 2**-64 of a price unit: far below one unit even when
 # multiplied by the largest cost.
-DUAL_BITS = 64
+MULTIPLIER_BITS = 64
+# Up to so many sites GLOP's simplex method is the fastest: 6 to 13 times for 48 to 200 sites. At
+# 2,000 it takes 0.3 to 7 times as long as HiGHS's interior points, which need one second.
+GLOP_SITES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multipliers:
+    """Prices of the constraints, in price units of a program times ``2**MULTIPLIER_BITS``.
+
+    Attributes:
+        site: ``(S,)``, what covering each site is worth.
+        resource: What one of each resource is worth, 0 or more.
+    """
+
+    site: _Integers
+    resource: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,84 +43,194 @@ class Relaxation:
 
     Attributes:
         bound: No cover within the budgets has a lower price.
-        bound_with: ``bound_with[c]``: no such cover that uses candidate ``c`` has a lower price.
+        bound_with: ``(C,)``: no such cover that uses candidate ``c`` has a lower price.
+        multipliers: What the bounds were computed from.
+        value: ``(C,)``, how much of each candidate the relaxation takes; zeros where unknown.
+        is_reproducible: Whether it was not cut short.
     """
 
     bound: int
-    bound_with: tuple[int, ...]
+    bound_with: _Integers
+    multipliers: Multipliers
+    value: _Array
+    is_reproducible: bool = True
 
 
-def relax(program: CoverProgram) -> Relaxation:
-    """Bound the price of every cover by Lagrange multipliers, taken from the linear relaxation.
+def relax(program: CoverProgram, seconds: float | None = None) -> Relaxation:
+    """Bound the price of every cover, from the linear relaxation.
+
+    A linear solver proposes the multipliers: GLOP, or for many sites, and where there is no
+    OR-Tools, the interior-point method of HiGHS. ``bound_by`` makes a proven bound of them,
+    however well the solver did.
+
+    Args:
+        program: With any costs and prices.
+        seconds: Of wall time; None for any.
+    """
+    multipliers, value, is_reproducible = _solve(program, seconds)
+    bound, bound_with = bound_by(program, multipliers)
+    return Relaxation(
+        bound=bound,
+        bound_with=bound_with,
+        multipliers=multipliers,
+        value=value,
+        is_reproducible=is_reproducible,
+    )
+
+
+def bound_by(program: CoverProgram, multipliers: Multipliers) -> tuple[int, _Integers]:
+    """Bound the price of every cover by Lagrange multipliers, exactly.
 
     For any ``lambda_i`` (one for each site) and ``mu_r >= 0`` (one for each resource), each cover
     ``z`` within the budgets has the price ::
 
-        sum_c price_c z_c >= sum_i lambda_i - sum_r mu_r budget_r + sum_c min(0, reduced_c)
+        sum_c price_c z_c >= sum_i lambda_i - sum_r mu_r budget_r + sum_c reduced_c z_c
+                          >= sum_i (lambda_i + least_i) - sum_r mu_r budget_r
         where reduced_c = price_c - sum_{i in c} lambda_i + sum_r mu_r cost_rc
+              least_i   = min(0, min_{c covers i} reduced_c / |c|)
 
-    and, if it uses ``c``, at least ``max(0, reduced_c)`` more. GLOP only proposes the multipliers,
-    in floats; the bound is computed from them in integers, so it holds however well GLOP did.
+    since each site is in one candidate of the cover; and, if it uses ``c``, at least
+    ``max(0, reduced_c)`` more. All in integers.
+
+    Returns:
+        The bound, and ``(C,)`` the bound with each candidate.
     """
-    lambda_, mu = _multipliers(program)
-    reduced = [p << DUAL_BITS for p in program.price]
-    for c, sites in enumerate(program.members):
-        reduced[c] -= sum(lambda_[i] for i in sites)
-    for r, cost in program.cost.items():
-        if mu[r]:
-            for c, cost_rc in enumerate(cost):
-                reduced[c] += mu[r] * cost_rc
-    bound = (
-        sum(lambda_)
-        - sum(mu[r] * budget for r, budget in program.budget.items())
-        + sum(min(0, reduced_c) for reduced_c in reduced)
+    one = 1 << MULTIPLIER_BITS
+    reduced: _Integers = program.price.astype(object) * one
+    if len(reduced):
+        reduced = reduced - program.incidence.total(multipliers.site)
+    for r, mu in multipliers.resource.items():
+        if mu:
+            reduced = reduced + mu * program.cost[r].astype(object)
+    bound = sum(multipliers.site.tolist()) - sum(
+        mu * program.budget[r] for r, mu in multipliers.resource.items()
     )
-    return Relaxation(
-        bound=_ceil(bound),
-        bound_with=tuple(_ceil(bound + max(0, reduced_c)) for reduced_c in reduced),
-    )
-
-
-def _ceil(fixed_point: int) -> int:
-    # Prices are whole, so a bound may be rounded up.
-    return -((-fixed_point) >> DUAL_BITS)
-
-
-def _multipliers(program: CoverProgram) -> tuple[list[int], dict[str, int]]:
-    """Solve the relaxation; return ``lambda`` and ``mu`` times ``2**DUAL_BITS``, rounded."""
-    from ortools.linear_solver.python import model_builder
-
-    # GLOP's tolerances are absolute: it gets prices, costs and budgets of about 1.
-    price_unit = max((abs(p) for p in program.price), default=0) or 1
-    cost_unit = {r: budget or 1 for r, budget in program.budget.items()}
-    candidates_of: list[list[int]] = [[] for _ in range(program.num_sites)]
-    for c, sites in enumerate(program.members):
+    negative = np.flatnonzero(reduced < 0)
+    least: dict[int, int] = {}
+    incidence = program.incidence
+    for c in negative.tolist():
+        sites = incidence.sites[incidence.starts[c] : incidence.starts[c + 1]].tolist()
+        share = reduced[c] // len(sites)  # rounded down
         for i in sites:
-            candidates_of[i].append(c)
+            if share < least.get(i, 0):
+                least[i] = share
+    bound += sum(least.values())
+    # Prices are whole, so bounds may be rounded up.
+    bound_with: _Integers = -(-(bound + np.maximum(reduced, 0)) >> MULTIPLIER_BITS)
+    return -((-bound) >> MULTIPLIER_BITS), bound_with
 
-    model = model_builder.Model()  # type: ignore[no-untyped-call]  # OR-Tools 9.15
-    z = [model.new_num_var(0.0, float("inf"), None) for _ in program.price]  # cover: z_c <= 1
-    weighted_sum = model_builder.LinearExpr.weighted_sum
-    cover = [
-        model.add(weighted_sum([z[c] for c in covering], [1.0] * len(covering)) == 1.0)
-        for covering in candidates_of
-    ]
-    budget = {
-        r: model.add(weighted_sum(z, [cost_rc / cost_unit[r] for cost_rc in cost]) <= limit)
-        for r, cost in program.cost.items()
-        for limit in [program.budget[r] / cost_unit[r]]
+
+def _solve(program: CoverProgram, seconds: float | None) -> tuple[Multipliers, _Array, bool]:
+    """Solve the relaxation; where that fails, the multipliers are 0."""
+    num_sites, num_candidates = program.num_sites, len(program.price)
+    nothing = Multipliers(
+        site=np.array([0] * num_sites, object), resource=dict.fromkeys(program.budget, 0)
+    )
+    if not num_candidates or not num_sites:
+        return nothing, np.zeros(num_candidates), True
+    # Linear solvers have absolute tolerances: they get prices and costs of about 1 for each bank.
+    price_unit = max(int(np.abs(program.price).max()) // num_sites, 1)
+    cost_unit = {r: max(budget // num_sites, 1) for r, budget in program.budget.items()}
+    linear = _Linear(
+        price=program.price / price_unit,
+        cover=csr_array(
+            csc_array(
+                (np.ones(len(program.incidence.sites)), *_indices(program)),
+                shape=(num_sites, num_candidates),
+            )
+        ),
+        cost=csr_array(np.array([cost / cost_unit[r] for r, cost in program.cost.items()]))
+        if program.cost
+        else None,
+        budget=[program.budget[r] / cost_unit[r] for r in program.cost],
+    )
+    answer = _solve_by_glop(linear, seconds) if num_sites <= GLOP_SITES else None
+    if answer is None:
+        answer = _solve_by_highs(linear, seconds)
+    if answer.value is None:
+        return nothing, np.zeros(num_candidates), not answer.is_cut_short
+    unit = price_unit << MULTIPLIER_BITS
+    site = np.array([_multiply(unit, float(m)) for m in answer.cover_dual], object)
+    resource = {
+        r: _multiply(unit, max(0.0, -float(m))) // cost_unit[r]
+        for r, m in zip(program.cost, answer.cost_dual, strict=True)
     }
-    model.minimize(weighted_sum(z, [p / price_unit for p in program.price]))
-    solver = model_builder.Solver("glop")
-    if solver.solve(model) != model_builder.SolveStatus.OPTIMAL:
-        return [0] * program.num_sites, dict.fromkeys(program.budget, 0)
-    unit = price_unit << DUAL_BITS
-    lambda_ = [_multiply(unit, float(solver.dual_value(row))) for row in cover]
-    mu = {
-        r: _multiply(unit, max(0.0, -float(solver.dual_value(row)))) // cost_unit[r]
-        for r, row in budget.items()
-    }
-    return lambda_, mu
+    return Multipliers(site=site, resource=resource), answer.value, True
+
+
+class _Linear(NamedTuple):
+    """Minimise ``price z`` where ``cover z = 1``, ``cost z <= budget`` and ``z >= 0``."""
+
+    price: _Array
+    cover: csr_array[np.float64]
+    cost: csr_array[np.float64] | None
+    budget: list[float]
+
+
+class _Answer(NamedTuple):
+    """What a linear solver says; no ``value`` where it found no optimum."""
+
+    value: _Array | None
+    cover_dual: _Array
+    cost_dual: _Array
+    is_cut_short: bool
+
+
+def _indices(program: CoverProgram) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    return program.incidence.sites, program.incidence.starts
+
+
+def _solve_by_glop(linear: _Linear, seconds: float | None) -> _Answer | None:
+    """Dual simplex; None where OR-Tools cannot be imported, or GLOP found no optimum."""
+    try:
+        from ortools.linear_solver.python import model_builder_helper as helper
+    except ImportError:
+        return None
+    num_sites, num_candidates = linear.cover.shape
+    rows = linear.cover if linear.cost is None else vstack([linear.cover, linear.cost])
+    ones, nothing = np.ones(num_sites), np.full(len(linear.budget), -np.inf)
+    model: Any = helper.ModelBuilderHelper()  # its types want arrays of known shapes
+    model.fill_model_from_sparse_data(
+        np.zeros(num_candidates),
+        np.full(num_candidates, np.inf),  # cover: z_c <= 1
+        linear.price,
+        np.concatenate([ones, nothing]),
+        np.concatenate([ones, linear.budget]),
+        csr_matrix(rows),
+    )
+    solver = helper.ModelSolverHelper("glop")
+    if seconds is not None:
+        solver.set_time_limit_in_seconds(seconds)
+    solver.solve(model)
+    if solver.status() != helper.SolveStatus.OPTIMAL:
+        return None
+    dual = np.asarray(solver.dual_values(), float)
+    return _Answer(
+        value=np.asarray(solver.variable_values(), float),
+        cover_dual=dual[:num_sites],
+        cost_dual=dual[num_sites:],
+        is_cut_short=False,
+    )
+
+
+def _solve_by_highs(linear: _Linear, seconds: float | None) -> _Answer:
+    """Interior points, and from them to a vertex."""
+    result: Any = linprog(  # type: ignore[call-overload]  # scipy-stubs knows no sparse arrays
+        linear.price,
+        A_eq=linear.cover,
+        b_eq=np.ones(linear.cover.shape[0]),
+        A_ub=linear.cost,
+        b_ub=linear.budget or None,
+        bounds=(0, None),  # cover: z_c <= 1
+        method="highs-ipm",
+        options={} if seconds is None else {"time_limit": seconds},
+    )
+    return _Answer(
+        value=np.asarray(result.x, float) if result.status == 0 else None,
+        cover_dual=result.eqlin.marginals,
+        cost_dual=result.ineqlin.marginals if linear.budget else np.zeros(0),
+        is_cut_short=result.status == 1,
+    )
 
 
 def _multiply(number: int, factor: float) -> int:

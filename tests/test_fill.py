@@ -17,6 +17,7 @@ from npas_fx.passes.capture import capture
 from npas_fx.profiles.structure import profile_structure
 from npas_fx.propose import propose
 from npas_fx.rules import Rules, apply_rules
+from pricers import pricer_of
 from strategies import networks
 
 
@@ -25,8 +26,7 @@ def spend(rules: Rules, chosen: list[Candidate], left: int, resource: str = "par
         chosen,
         left,
         resource,
-        sites=rules.inventory.sites,
-        private=rules.private,
+        rules=rules,
         profile=profile_structure(rules.inventory),
         generators=GENERATORS,
     )
@@ -34,9 +34,7 @@ def spend(rules: Rules, chosen: list[Candidate], left: int, resource: str = "par
 
 def some_cover(rules: Rules, numbers: list[int]) -> list[Candidate]:
     """Any selection, not only good ones."""
-    candidates = propose(
-        rules, profile_structure(rules.inventory), GENERATORS.values(), above=False
-    )
+    candidates = propose(pricer_of(rules))
     left, chosen = set(range(len(rules.inventory.sites))), []
     while left:
         fitting = [c for c in candidates if min(left) in c.sites and left.issuperset(c.sites)]
@@ -82,9 +80,7 @@ def test_nothing_left_changes_nothing(spec, numbers):
 
 
 def dedicated(rules: Rules) -> list[Candidate]:
-    candidates = propose(
-        rules, profile_structure(rules.inventory), GENERATORS.values(), above=False
-    )
+    candidates = propose(pricer_of(rules))
     return [c for c in candidates if c.generator == "dedicated"]
 
 

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 import npas_fx
 from npas_fx import InfeasibleBudgetError, Plan, plan_of, transform
-from npas_fx.generators import GENERATORS
 from npas_fx.passes.capture import capture
-from npas_fx.profiles import PROFILES
 from npas_fx.propose import propose
 from npas_fx.rules import apply_rules
 from oracle import (
@@ -39,6 +37,7 @@ from oracle import (
     shared_sites,
     snapshot,
 )
+from pricers import pricer_of
 from strategies import EVERYTHING, BudgetSpec, NetworkSpec, PartSpec, budgets, networks, smallest
 
 
@@ -345,17 +344,14 @@ def test_renaming_changes_nothing_but_names(spec, budget):
 
 
 @given(spec=networks(max_parts=2), budget=budgets(("int",)))
-def test_the_plan_is_the_best_of_all_covers(spec, budget):
+def test_no_cover_by_the_candidates_is_better_than_the_plan(spec, budget):
     model = spec.build()
     amount = budget.amount(model)
     inventory = capture(model).inventory
     assume(1 <= len(inventory.sites) <= 6)
-    above = amount > count_trainable(model)
-    candidates = propose(
-        apply_rules(inventory), PROFILES["structure"](inventory), GENERATORS.values(), above=above
-    )
+    candidates = propose(pricer_of(apply_rules(inventory), above=amount > count_trainable(model)))
     certificate = npas_fx.plan(model, amount).certificate
-    assert certificate.candidates == len(candidates)
+    assert certificate.candidates >= len(candidates)
     kept = [p for p in inventory.kept if p.is_trainable]
     best = best_cover(
         [(c.sites, c.parameters, Fraction(c.price)) for c in candidates],
@@ -363,9 +359,10 @@ def test_the_plan_is_the_best_of_all_covers(spec, budget):
         amount - sum(math.prod(p.shape) for p in kept),
     )
     assert certificate.bound <= certificate.objective
+    if certificate.rounds == 0:
+        assert certificate.bound <= best
     if certificate.status == "optimal":
-        assert abs(certificate.objective - best) <= certificate.gap * abs(certificate.objective)
-    assert certificate.bound <= best <= certificate.objective
+        assert certificate.objective <= best + certificate.gap * abs(certificate.objective)
 
 
 def best_cover(

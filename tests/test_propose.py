@@ -15,16 +15,15 @@ from npas_fx.generators import GENERATORS
 from npas_fx.generators.generator import num_parameters
 from npas_fx.ir import Candidate
 from npas_fx.passes.capture import capture
-from npas_fx.profiles.structure import profile_structure
 from npas_fx.propose import propose
 from npas_fx.rules import Rules, apply_rules
+from pricers import pricer_of
 from quality.models import Decoder
 from strategies import networks
 
 
 def candidates_of(rules: Rules, *, above: bool = False) -> tuple[Candidate, ...]:
-    profile = profile_structure(rules.inventory)
-    return propose(rules, profile, GENERATORS.values(), above=above)
+    return propose(pricer_of(rules, above=above))
 
 
 def by_sites(candidates: tuple[Candidate, ...]) -> dict[tuple[int, ...], list[Candidate]]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,6 @@ from torch import nn
 import npas_fx
 from npas_fx.ir import Inventory, Plan, Site
 from npas_fx.ir.size import Size
-from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, Solver
-from npas_fx.solvers.problem import restrict
 
 Groups = Sequence[Sequence[str]]
 
@@ -28,8 +26,6 @@ def plan_groups(
     generators: Sequence[str] = ("wavg",),
 ) -> Plan:
     """Give each group one bank, all about the same share of their weights; the rest is dedicated.
-
-    Sizes of banks come in steps of about a half, so shares differ by up to that.
 
     Args:
         model: to plan for.
@@ -46,10 +42,10 @@ def plan_groups(
         model,
         budget,
         same_bank=[list(group) for group in groups if len(group) > 1],
+        different_bank=[[group[0] for group in groups]] if len(groups) > 1 else None,
         keep_private=[name for name in names if name not in grouped] or None,
         profile=Proportional,
         generators=generators,
-        solver=_only([[names.index(name) for name in group] for group in groups], len(names)),
     )
 
 
@@ -100,20 +96,6 @@ class Proportional:
         if share > 1:
             return -1e-3 * numel / total * math.log2(share)
         return max(numel / total * (1 - share) ** 2, 1e-9)
-
-
-def _only(groups: Sequence[Sequence[int]], num_sites: int) -> Solver:
-    """A solver that takes the given groups, and single sites where there is none."""
-    grouped = {k for group in groups for k in group}
-    wanted = {tuple(sorted(group)) for group in groups}
-    wanted |= {(k,) for k in range(num_sites) if k not in grouped}
-
-    def select(problem: PlanningProblem) -> Selection:
-        kept = [c for c, members in enumerate(problem.members) if members in wanted]
-        selection = SOLVERS["cp_sat"](restrict(problem, kept))
-        return replace(selection, chosen=tuple(kept[c] for c in selection.chosen))
-
-    return select
 
 
 @dataclass(frozen=True)

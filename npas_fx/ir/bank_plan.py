@@ -56,8 +56,13 @@ class Certificate:
         bound: no selection from these candidates has a lower price.
         gap: ``(objective - bound) / max(|objective|, eps)``, and 0 when both are equal.
         status: ``optimal`` when the solver proved it, else ``feasible``.
+        reproducible: whether the same input gives the same plan: no limit of wall time ended the
+            search.
         seconds: wall time of the solver; None when read from a file, not part of equality.
         candidates: number of candidates that the optimum is over.
+        rounds: how often candidates were added that could make the plan better.
+        shadow_price: by how much one more of what is budgeted would lower the objective, at the
+            linear relaxation; None where the solver does not know.
         scope: what the candidates and their prices are, for the user to read.
     """
 
@@ -65,14 +70,19 @@ class Certificate:
     bound: float
     gap: float
     status: Literal["optimal", "feasible"]
+    reproducible: bool = True
     seconds: float | None = field(default=None, compare=False)
     candidates: int
+    rounds: int = 0
+    shadow_price: float | None = None
     scope: str
 
     def __str__(self) -> str:
+        rounds = f" made in {self.rounds + 1} rounds" if self.rounds else ""
+        stopped = "" if self.reproducible else "; stopped by wall time, so not reproducible"
         return (
             f"{self.status}, gap {self.gap:.2%} (objective {self.objective:.6g}, bound "
-            f"{self.bound:.6g}) over {self.candidates:,} candidates: {self.scope}"
+            f"{self.bound:.6g}) over {self.candidates:,} candidates{rounds}: {self.scope}{stopped}"
         )
 
 
@@ -128,6 +138,12 @@ class Plan:
                 f"{twice[0]!r} stands in the plan more than once; leave it in one place"
             )
 
+    @property
+    def gain_of_one_percent(self) -> float | None:
+        """What 1 % more of the budget would lower the objective by; see ``Certificate``."""
+        price = None if self.certificate is None else self.certificate.shadow_price
+        return None if price is None else 0.01 * self.budget.amount * price
+
     def to_json(self) -> str:
         """Write the plan as JSON; the same plan always gives the same text."""
         data = asdict(self)
@@ -176,8 +192,12 @@ class Plan:
             return (
                 "\n".join(lines) + "\n"
                 f"{self.fresh_parameters:,} of {self.site_parameters:,} parameters start fresh\n"
-                f"certificate: {self.certificate or 'none'}"
+                f"certificate: {self.certificate or 'none'}{self._say_gain()}"
             )
+
+    def _say_gain(self) -> str:
+        gain = self.gain_of_one_percent
+        return "" if gain is None else f"\n1% more budget would lower the objective by {gain:.2g}"
 
 
 def _cells(bank: BankPlan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,13 +17,17 @@ from hypothesis import strategies as st
 from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, cp_sat, greedy
 from npas_fx.solvers.exact_cover import CoverProgram
 from npas_fx.solvers.integer_prices import to_integers
-from npas_fx.solvers.relaxation import relax
+from npas_fx.solvers.problem import Incidence
+from npas_fx.solvers.reduce import reduce
+from npas_fx.solvers.relaxation import Multipliers, bound_by, relax
+from npas_fx.solvers.rounds import Limits, Round
 from planning_problems import (
     ANY_PRICES,
-    every_cover,
     every_plan,
     exact_price,
+    ladder,
     planning_problems,
+    smallest_budgets,
     with_budget,
 )
 
@@ -31,7 +36,7 @@ examples = settings(max_examples=60, deadline=None)
 
 
 @examples
-@given(planning_problems(max_sites=6))
+@given(planning_problems(max_sites=6, rules=True))
 def test_selection_is_the_true_optimum(problem: PlanningProblem) -> None:
     plans = every_plan(problem)
     assume(plans)
@@ -60,7 +65,7 @@ def test_selection_is_optimal_up_to_the_stated_rounding(problem: PlanningProblem
 
 @every_solver
 @examples
-@given(problem=planning_problems(max_sites=6))
+@given(problem=planning_problems(max_sites=6, rules=True))
 def test_chosen_candidates_cover_exactly_within_every_budget(
     name: str, problem: PlanningProblem
 ) -> None:
@@ -76,7 +81,7 @@ def test_chosen_candidates_cover_exactly_within_every_budget(
 
 @every_solver
 @examples
-@given(problem=planning_problems(max_sites=6, prices=ANY_PRICES))
+@given(problem=planning_problems(max_sites=6, prices=ANY_PRICES, rules=True))
 def test_bound_is_below_every_plan(name: str, problem: PlanningProblem) -> None:
     selection = SOLVERS[name](problem)
     assume(selection.status != "infeasible")
@@ -98,31 +103,20 @@ def test_plan_is_never_worse_than_the_greedy_one(problem: PlanningProblem) -> No
 
 @every_solver
 @examples
-@given(problem=planning_problems(max_sites=6, num_resources=1))
+@given(problem=planning_problems(max_sites=6, num_resources=1, rules=True))
 def test_smallest_budget_succeeds_and_one_fewer_does_not(
     name: str, problem: PlanningProblem
 ) -> None:
     select = SOLVERS[name]
-    covers = list(every_cover(problem))
-    assume(covers)
-    least = min(sum(problem.cost["parameters"][c] for c in cover) for cover in covers)
-    assert select(problem).smallest == {"parameters": least}
+    smallest = smallest_budgets(problem)
+    assume(smallest)
+    least = smallest["parameters"]
     assert select(with_budget(problem, "parameters", least)).status != "infeasible"
     if least > 0:
         below = select(with_budget(problem, "parameters", least - 1))
         assert below.status == "infeasible"
-        assert below.smallest == {"parameters": least}
-
-
-@every_solver
-@examples
-@given(problem=planning_problems(max_sites=5, num_resources=2))
-def test_smallest_of_each_resource_ignores_the_other(name: str, problem: PlanningProblem) -> None:
-    covers = list(every_cover(problem))
-    assume(covers)
-    assert SOLVERS[name](problem).smallest == {
-        r: min(sum(cost[c] for c in cover) for cover in covers) for r, cost in problem.cost.items()
-    }
+        assert below.obstacle is not None
+        assert below.obstacle.smallest == {"parameters": least}
 
 
 @examples
@@ -162,31 +156,10 @@ def test_order_of_candidates_changes_only_the_choice_among_equals(
         cost={r: tuple(cost[c] for c in order) for r, cost in problem.cost.items()},
     )
     before, after = cp_sat.select(problem), cp_sat.select(shuffled)
-    assert (before.objective, before.status, before.smallest) == (
+    assert (before.objective, before.status, before.obstacle) == (
         after.objective,
         after.status,
-        after.smallest,
-    )
-
-
-def ladder(num_sites: int, budget: int) -> PlanningProblem:
-    """Singles in four sizes, and runs of neighbours: too many plans to enumerate."""
-    members: list[tuple[int, ...]] = []
-    price: list[float] = []
-    cost: list[int] = []
-    for length in (1, 2, 3, 5):
-        for start in range(num_sites - length + 1):
-            weight = sum(1 + (7 * i) % 5 for i in range(start, start + length))
-            for k in range(1, 5):
-                members.append(tuple(range(start, start + length)))
-                price.append((weight * (4 - k) ** 2 + (length - 1) * 3) / 16)
-                cost.append(25 * k * length - 3 * (length - 1) * k)
-    return PlanningProblem(
-        num_sites=num_sites,
-        members=tuple(members),
-        price=tuple(price),
-        cost={"parameters": tuple(cost)},
-        budget={"parameters": budget},
+        after.obstacle,
     )
 
 
@@ -204,12 +177,13 @@ def test_another_process_gives_the_same_selection(request: pytest.FixtureRequest
         "import json, sys; from dataclasses import asdict, replace\n"
         "from npas_fx.solvers import PlanningProblem, cp_sat\n"
         "given = json.load(sys.stdin); given['members'] = tuple(map(tuple, given['members']))\n"
+        "given['private'] = frozenset(given['private'])\n"
         "selection = cp_sat.select(PlanningProblem(**given))\n"
         "print(json.dumps(asdict(replace(selection, seconds=0.0))))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        input=json.dumps(asdict(problem)),
+        input=json.dumps(asdict(problem), default=list),
         capture_output=True,
         text=True,
         check=True,
@@ -225,52 +199,55 @@ def test_a_ladder_is_solved_to_the_end() -> None:
     assert selection.num_candidates == len(ladder(30, 1500).members)
 
 
-def test_a_search_that_is_cut_short_still_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = ladder(30, 1483)
-    best = cp_sat.select(problem)
-    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 0.0), (None, 0.0)))
-    cut = cp_sat.select(problem)
-    assert cut.status in ("optimal", "feasible")
+LADDER = ladder(30, 1483)
+BEST = Limits(rounds=(Round(within=None, limit=None),))
+
+
+def test_a_search_that_is_cut_short_still_bounds() -> None:
+    best = cp_sat.select(LADDER, limits=BEST)
+    cut = cp_sat.select(LADDER, limits=Limits(rounds=(Round(within=None, limit=0.0),)))
+    assert best.status == "optimal"
     assert cut.bound <= best.objective <= cut.objective
-    assert cut.objective <= greedy.select(problem).objective
+    assert cut.objective <= greedy.select(LADDER).objective
+    assert cut.is_reproducible
+
+
+def test_a_search_that_wall_time_cuts_short_says_so() -> None:
+    best, cut = cp_sat.select(LADDER, limits=BEST), cp_sat.select(LADDER, seconds=0.0)
+    assert cut.status == "feasible"
+    assert cut.bound <= best.objective <= cut.objective
+    assert cut.objective <= greedy.select(LADDER).objective
+    assert best.is_reproducible
+    assert not cut.is_reproducible
 
 
 @pytest.mark.parametrize("close_enough", [0.0, 0.03, 0.5])
-def test_a_search_that_stops_close_enough_still_bounds(
-    close_enough: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem = ladder(30, 1483)
-    best = cp_sat.select(problem)
-    assert best.status == "optimal"
-    monkeypatch.setattr(cp_sat, "ROUNDS", ((None, 8.0),))
-    monkeypatch.setattr(cp_sat, "PROOF", 0.001)
-    monkeypatch.setattr(cp_sat, "CLOSE_ENOUGH", close_enough)
-    close = cp_sat.select(problem)
+def test_a_search_that_stops_close_enough_still_bounds(close_enough: float) -> None:
+    best = cp_sat.select(LADDER, limits=BEST)
+    limits = Limits(rounds=(Round(within=None, limit=8.0),), close_enough=close_enough)
+    close = cp_sat.select(LADDER, limits=limits)
     assert close.bound <= best.objective <= close.objective
     assert close.gap <= close_enough
-    assert (close.status == "optimal") == (close.gap == 0.0)
-    if close_enough == 0.5:
-        assert close.objective > best.objective  # it did stop
+    assert (close.work["cp_sat"] > 0) == (close_enough == 0.0)  # greedy is close enough otherwise
 
 
-def test_a_search_among_few_candidates_claims_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = ladder(30, 1483)
-    best = cp_sat.select(problem)
-    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 1.0),))
-    cut = cp_sat.select(problem)
-    assert best.status == "optimal"
-    assert cut.bound <= best.objective < cut.objective
-    assert cut.status == "feasible"
-    assert cut.gap == (cut.objective - cut.bound) / cut.objective
+@pytest.mark.parametrize("within", [0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
+def test_searches_among_few_candidates_claim_no_more_than_they_prove(within: float) -> None:
+    best = cp_sat.select(LADDER, limits=BEST)
+    cut = cp_sat.select(LADDER, limits=Limits(rounds=(Round(within=within, limit=None),)))
+    assert cut.bound <= best.objective <= cut.objective
+    assert (cut.status == "optimal") == (cut.gap == 0.0)
+    if within == 0.0:
+        assert cut.status == "feasible"
+        assert cut.gap == (cut.objective - cut.bound) / cut.objective
+    if within == 1.0:
+        assert cut.status == "optimal"
 
 
-def test_searches_among_few_candidates_first_prove_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = ladder(30, 1483)
-    best = cp_sat.select(problem)
-    monkeypatch.setattr(cp_sat, "ROUNDS", ((1, 1.0), (2, 1.0), (None, 8.0)))
-    assert replace(cp_sat.select(problem), chosen=(), seconds=0.0) == replace(
-        best, chosen=(), seconds=0.0
-    )
+def test_searches_among_few_candidates_first_prove_as_much() -> None:
+    rounds = (Round(within=1e-4, limit=1.0), Round(within=1e-3, limit=1.0), *BEST.rounds)
+    best = cp_sat.select(LADDER, limits=BEST)
+    assert best.objective == cp_sat.select(LADDER, limits=Limits(rounds=rounds)).objective
 
 
 def test_budgets_that_only_fit_together_in_one_plan_are_found() -> None:
@@ -339,18 +316,30 @@ def test_multiples_of_a_power_of_two_are_not_rounded(multiples: list[int], power
 @examples
 @given(planning_problems(max_sites=6))
 def test_relaxation_bounds_the_plans_with_each_candidate(problem: PlanningProblem) -> None:
-    program = CoverProgram(
-        num_sites=problem.num_sites,
-        members=problem.members,
-        price=tuple(int(8 * price) for price in problem.price),
-        cost=problem.cost,
-        budget=problem.budget,
-    )
-    relaxation = relax(program)
+    reduced = reduce(problem)
+    relaxation = relax(CoverProgram.of(reduced, [int(8 * price) for price in reduced.price]))
     for plan in every_plan(problem):
         price = 8 * exact_price(problem, plan)
         assert relaxation.bound <= price
-        assert all(relaxation.bound_with[c] <= price for c in plan)
+        used = [k for k, c in enumerate(reduced.given) if c in plan]
+        assert all(relaxation.bound_with[k] <= price for k in used)
+
+
+@examples
+@given(problem=planning_problems(max_sites=6), data=st.data())
+def test_any_multipliers_bound_the_plans(problem: PlanningProblem, data: st.DataObject) -> None:
+    reduced = reduce(problem)
+    program = CoverProgram.of(reduced, [int(8 * price) for price in reduced.price])
+    numbers = st.integers(-(2**70), 2**70)
+    multipliers = Multipliers(
+        site=np.array([data.draw(numbers) for _ in range(problem.num_sites)], object),
+        resource={r: abs(data.draw(numbers)) for r in problem.cost},
+    )
+    bound, bound_with = bound_by(program, multipliers)
+    for plan in every_plan(problem):
+        price = 8 * exact_price(problem, plan)
+        assert bound <= price
+        assert all(bound_with[k] <= price for k, c in enumerate(reduced.given) if c in plan)
 
 
 def test_selections_compare_by_value() -> None:
@@ -363,10 +352,24 @@ def test_relaxation_prices_the_budget() -> None:
     # Half of each candidate meets the budget: the relaxation is worth 5, and either costs more.
     program = CoverProgram(
         num_sites=1,
-        members=((0,), (0,), (0,)),
-        price=(0, 10, 20),
-        cost={"parameters": (10, 0, 0)},
+        incidence=Incidence.of([(0,), (0,), (0,)]),
+        price=np.array([0, 10, 20]),
+        cost={"parameters": np.array([10, 0, 0])},
         budget={"parameters": 5},
     )
-    assert relax(program).bound == 5
-    assert relax(program).bound_with == (5, 5, 15)
+    relaxation = relax(program)
+    assert relaxation.bound == 5
+    assert relaxation.bound_with.tolist() == [5, 5, 15]
+
+
+def test_selection_prices_the_budget_and_the_sites() -> None:
+    problem = PlanningProblem(
+        num_sites=2,
+        members=((0,), (0,), (1,), (1,)),
+        price=(0.0, 10.0, 0.0, 20.0),
+        cost={"parameters": (10, 0, 10, 0)},
+        budget={"parameters": 15},
+    )
+    selection = cp_sat.select(problem)
+    assert selection.shadow_price == pytest.approx({"parameters": 1.0})
+    assert selection.site_value == pytest.approx((10.0, 10.0))

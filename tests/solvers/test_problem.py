@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from npas_fx.solvers import SOLVERS, PlanningProblem, PlanningProblemError
+from npas_fx.solvers import SOLVERS, Obstacle, PlanningProblem, PlanningProblemError
 
 
 def problem_with(**changes: Any) -> PlanningProblem:
@@ -43,6 +43,11 @@ def problem_with(**changes: Any) -> PlanningProblem:
         ({"cost": {"parameters": (2**61, 0, 2**61)}}, "2\\*\\*62 or more; candidate 0"),
         ({"budget": {"parameters": 6.5}}, r"budget\['parameters'\]=6.5 is a float"),
         ({"budget": {"parameters": -6}}, r"budget\['parameters'\]=-6"),
+        ({"private": frozenset({2})}, "private names site 2, out of range"),
+        ({"same_bank": ((0, 1), (0, 5))}, "same_bank names site 5, out of range"),
+        ({"different_bank": ((-1, 1),)}, "different_bank names site -1, out of range"),
+        ({"pin": (3,)}, "pin names candidate 3, but there are 3 candidates"),
+        ({"max_banks": -1}, "max_banks=-1"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, Any], message: str) -> None:
@@ -60,7 +65,6 @@ def test_a_problem_without_sites_has_the_empty_plan(name: str) -> None:
     selection = SOLVERS[name](problem)
     assert selection.status == "optimal"
     assert (selection.chosen, selection.objective, selection.gap) == ((), 0.0, 0.0)
-    assert selection.smallest == {"parameters": 0}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -72,7 +76,7 @@ def test_no_exact_cover_is_infeasible_at_any_budget(name: str) -> None:
     )
     selection = SOLVERS[name](problem)
     assert selection.status == "infeasible"
-    assert selection.smallest == {}
+    assert selection.obstacle == Obstacle(smallest={})
 
 
 def test_ortools_is_imported_only_to_solve() -> None:

@@ -1,0 +1,249 @@
+"""The search, in rounds: relax, drop what cannot matter, and let CP-SAT decide among the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from npas_fx.solvers.exact_cover import Cover, CoverProgram, minimise
+from npas_fx.solvers.relaxation import Relaxation, relax
+
+# An emergency stop: plans come from limits that are the same everywhere, unless one takes this
+# long, in seconds of wall time.
+EMERGENCY = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One search by CP-SAT.
+
+    Attributes:
+        within: It is among the candidates whose bound is at most this share of the best price
+            above the bound of all; None for all that may be in a better cover.
+        limit: In CP-SAT's deterministic time; None to go on until there is a proof.
+    """
+
+    within: float | None
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When to stop.
+
+    Attributes:
+        rounds: Searches, one after the other.
+        proof: What may be spent on a proof that a cover is the best, in deterministic time.
+        close_enough: After that, a cover will do whose price is this close to the bound, as a
+            share of it.
+    """
+
+    rounds: tuple[Round, ...]
+    proof: float = 0.0
+    close_enough: float = 0.0
+
+
+# Until there is a proof.
+EXACT = Limits(rounds=(Round(within=1e-2, limit=1.0), Round(within=None, limit=None)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        chosen: The best cover within the budgets, increasing; None where none was found.
+        bound: No such cover has a lower price.
+        is_proven: Whether none is better, or there is none.
+        relaxation: The bounds that it started from.
+        work: CP-SAT's deterministic time.
+        is_reproducible: Whether no limit of wall time cut it short.
+    """
+
+    chosen: tuple[int, ...] | None
+    bound: int
+    is_proven: bool
+    relaxation: Relaxation
+    work: float = 0.0
+    is_reproducible: bool = True
+
+
+class Clock:
+    """What is left of the emergency's wall time."""
+
+    def __init__(self, seconds: float = EMERGENCY) -> None:
+        self.start = time.perf_counter()
+        self.end = self.start + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 or more."""
+        return max(0.0, self.end - time.perf_counter())
+
+    @property
+    def passed(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self.start
+
+
+def search(
+    program: CoverProgram,
+    covers: Sequence[tuple[int, ...]],
+    limits: Limits,
+    clock: Clock,
+    *,
+    good: int | None = None,
+) -> Found:
+    """Find the best cover by CP-SAT among the candidates that may be in a better one than is known.
+
+    The relaxation bounds every cover that uses candidate ``c`` from below; where this bound
+    reaches the price of a known cover, leaving ``c`` out loses nothing. So a search among all
+    candidates left open proves as much as one among all candidates.
+
+    Args:
+        program: Each site is in some candidate.
+        covers: Covers within the budgets, if any are known.
+        limits: When to stop.
+        clock: When to stop in an emergency.
+        good: Stop at a cover of this price, or when it is proven that there is none.
+    """
+    affordable = np.flatnonzero(
+        np.logical_and.reduce(
+            [np.ones(len(program.price), bool)]
+            + [cost <= program.budget[r] for r, cost in program.cost.items()]
+        )
+    )
+    position = {int(c): k for k, c in enumerate(affordable)}
+    found = _search(
+        program.restrict(affordable),
+        [tuple(position[c] for c in cover) for cover in covers],
+        limits,
+        clock,
+        good,
+    )
+    if found.chosen is None:
+        return found
+    return replace(found, chosen=tuple(int(affordable[k]) for k in found.chosen))
+
+
+def _search(
+    program: CoverProgram,
+    known: Sequence[tuple[int, ...]],
+    limits: Limits,
+    clock: Clock,
+    good: int | None,
+) -> Found:
+    relaxation = relax(program, clock.left)
+    bound, work, is_reproducible = relaxation.bound, 0.0, relaxation.is_reproducible
+    covers = [*known, *_whole(program, relaxation)]
+    is_infeasible = bool(
+        (np.bincount(program.incidence.sites, minlength=program.num_sites) == 0).any()
+    )
+    for round_ in limits.rounds:
+        least = min((program.total(cover) for cover in covers), default=None)
+        left_to_prove = max(0.0, limits.proof - work)
+        gap = 0.0 if left_to_prove else limits.close_enough
+        if is_infeasible or _is_done(least, bound, gap, good) or not clock.left:
+            break
+        is_searched = _is_searched(relaxation, bound, least, round_.within)
+        hint = min(covers, key=program.total, default=())
+        cover = _minimise_among(
+            program, np.flatnonzero(is_searched), hint, round_.limit, left_to_prove, limits, clock
+        )
+        work += cover.work
+        is_reproducible &= cover.is_reproducible
+        if cover.chosen is not None:
+            covers.append(cover.chosen)
+        # A cover either has a candidate that was left out, or is bounded by the search.
+        bounds = relaxation.bound_with[~is_searched].tolist()
+        bounds += [] if cover.bound is None else [cover.bound]
+        is_infeasible = not bounds
+        bound = max(bound, min(bounds, default=bound))
+    best = min(covers, key=lambda cover: (program.total(cover), cover), default=None)
+    least = None if best is None else program.total(best)
+    return Found(
+        chosen=best,
+        bound=bound if least is None else min(bound, least),
+        is_proven=is_infeasible or (least is not None and bound >= least),
+        relaxation=relaxation,
+        work=work,
+        is_reproducible=is_reproducible and clock.left > 0,
+    )
+
+
+def _is_done(least: int | None, bound: int, close_enough: float, good: int | None) -> bool:
+    if good is not None and (bound > good or (least is not None and least <= good)):
+        return True
+    return least is not None and least - bound <= close_enough * abs(least)
+
+
+def _whole(program: CoverProgram, relaxation: Relaxation) -> list[tuple[int, ...]]:
+    """The relaxation's solution, where that is a cover within the budgets."""
+    chosen = np.flatnonzero(relaxation.value > 0.5)
+    counts = np.bincount(program.restrict(chosen).incidence.sites, minlength=program.num_sites)
+    cover = tuple(chosen.tolist())
+    return [cover] if (counts == 1).all() and program.fits(cover) else []
+
+
+def _is_searched(
+    relaxation: Relaxation, bound: int, least: int | None, within: float | None
+) -> npt.NDArray[np.bool_]:
+    """``(C,)``, which candidates a search is among."""
+    if least is None:
+        return np.ones(len(relaxation.bound_with), bool)
+    most = least - 1
+    if within is not None:
+        most = min(most, bound + int(within * abs(least)))
+    return np.asarray(relaxation.bound_with <= most, bool)
+
+
+def _minimise_among(
+    program: CoverProgram,
+    candidates: npt.NDArray[np.int64],
+    hint: tuple[int, ...],
+    limit: float | None,
+    left_to_prove: float,
+    limits: Limits,
+    clock: Clock,
+) -> Cover:
+    """Search among these candidates and those of the hint."""
+    columns = np.union1d(candidates, np.array(hint, np.int64))
+    restricted = program.restrict(columns)
+    known = np.searchsorted(columns, hint).tolist()
+    cover = Cover(chosen=None, bound=None, status="unknown")
+    if not limits.close_enough or left_to_prove:
+        most = limit
+        if limits.close_enough:
+            most = left_to_prove if limit is None else min(limit, left_to_prove)
+        cover = minimise(restricted, hint=known, limit=most, seconds=clock.left)
+        limit = None if limit is None else limit - cover.work
+    is_open = cover.status in ("feasible", "unknown") and (limit is None or limit > 0)
+    if limits.close_enough and is_open and clock.left:
+        again = minimise(
+            restricted,
+            hint=cover.chosen or known,
+            limit=limit,
+            gap=limits.close_enough,
+            seconds=clock.left,
+        )
+        cover = _better(restricted, cover, again)
+    if cover.chosen is None:
+        return cover
+    return replace(cover, chosen=tuple(int(columns[k]) for k in cover.chosen))
+
+
+def _better(program: CoverProgram, one: Cover, other: Cover) -> Cover:
+    """The cheaper of two covers of a program, with the higher of their bounds."""
+    found = [cover.chosen for cover in (one, other) if cover.chosen is not None]
+    bounds = [cover.bound for cover in (one, other) if cover.bound is not None]
+    return Cover(
+        chosen=min(found, key=program.total, default=None),
+        bound=max(bounds, default=None),
+        status=other.status,
+        work=one.work + other.work,
+        is_reproducible=one.is_reproducible and other.is_reproducible,
+    )
