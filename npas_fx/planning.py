@@ -206,7 +206,7 @@ class _Task:
         refined = refine(candidates, pricer, price, rounds=rounds)
         selections = select_each(self._problem(refined.candidates), amounts, select)
         # What is left between the relaxation and the plans, further candidates may fill.
-        more = add_near(refined, pricer, selections)
+        more = add_near(refined, pricer, selections) if refined.pricings else None
         if more is None:
             return refined, selections
         known = [selection.chosen for selection in selections]

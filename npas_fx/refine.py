@@ -39,7 +39,8 @@ class Refined:
 
     Attributes:
         candidates: the pinned ones, those that were proposed, and those that were added.
-        pricings: the last ones, one for each budget; None for one that cannot be met.
+        pricings: the last ones, one for each budget, None for one that cannot be met; empty where
+            no round was made.
         rounds: how often some were added.
         is_complete: whether the last look at reduced costs found none that could be of use.
     """
@@ -70,6 +71,8 @@ def refine(
         family that was near to being used; a bank made of one that the relaxation uses by adding a
         near bank or weight, taking one out, or splitting it by depth, shape, role or place.
     """
+    if not rounds:
+        return Refined(candidates=tuple(candidates), pricings=(), rounds=0, is_complete=False)
     found, known = list(candidates), {_key(candidate) for candidate in candidates}
     for done in range(rounds + 1):
         pricings = tuple(price(found))

@@ -15,13 +15,19 @@ from npas_fx.solvers.relaxation import MULTIPLIER_BITS
 from npas_fx.solvers.rounds import EMERGENCY, Clock, Found, Limits, Round, search
 from npas_fx.solvers.selection import Selection, relative_gap
 
+# The relaxation is nearly integral: the few candidates that it takes, and those of the greedy plan,
+# mostly hold a plan within 0.05 % of the bound, which CP-SAT finds at once. Among 18,000 candidates
+# of 2,000 sites it finds none in 12 s, not even the one that it is given.
 LIMITS = Limits(
     rounds=(
-        Round(within=1e-3, limit=1.0),
-        Round(within=4e-3, limit=2.0),
-        Round(within=None, limit=4.0),
+        Round(columns=0, limit=2.0),
+        Round(columns=1000, limit=0.5),
+        Round(columns=2000, limit=1.0),
+        Round(columns=4000, limit=1.0),
+        Round(columns=8000, limit=2.0),
+        Round(columns=20_000, limit=4.0),
     ),
-    proof=1.0,
+    proof=0.5,
     close_enough=5e-4,
 )
 

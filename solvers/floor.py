@@ -15,7 +15,7 @@ from npas_fx.solvers.rounds import EMERGENCY, EXACT, Clock, Limits, Round, searc
 from npas_fx.solvers.selection import Obstacle, Selection
 
 # The lower price among equally cheap covers is a courtesy, so its search is cut short.
-_TIE_BREAK = Limits(rounds=(Round(within=None, limit=1.0),))
+_TIE_BREAK = Limits(rounds=(Round(columns=None, limit=1.0),))
 
 
 def find_cover(reduced: Reduced) -> tuple[int, ...] | None:

@@ -19,9 +19,6 @@ _Integers = npt.NDArray[np.object_]  # of Python's, which have no largest
 # Multipliers are rounded to multiples of 2**-64 of a price unit: far below one unit even when
 # multiplied by the largest cost.
 MULTIPLIER_BITS = 64
-# Up to so many sites GLOP's simplex method is the fastest: 6 to 13 times for 48 to 200 sites. At
-# 2,000 it takes 0.3 to 7 times as long as HiGHS's interior points, which need one second.
-GLOP_SITES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +56,8 @@ class Relaxation:
 def relax(program: CoverProgram, seconds: float | None = None) -> Relaxation:
     """Bound the price of every cover, from the linear relaxation.
 
-    A linear solver proposes the multipliers: GLOP, or for many sites, and where there is no
-    OR-Tools, the interior-point method of HiGHS. ``bound_by`` makes a proven bound of them,
-    however well the solver did.
+    A linear solver proposes the multipliers: GLOP, which is the fastest here, or HiGHS where there
+    is no OR-Tools. ``bound_by`` makes a proven bound of them, however well the solver did.
 
     Args:
         program: With any costs and prices.
@@ -144,7 +140,7 @@ def _solve(program: CoverProgram, seconds: float | None) -> tuple[Multipliers, _
         else None,
         budget=[program.budget[r] / cost_unit[r] for r in program.cost],
     )
-    answer = _solve_by_glop(linear, seconds) if num_sites <= GLOP_SITES else None
+    answer = _solve_by_glop(linear, seconds)
     if answer is None:
         answer = _solve_by_highs(linear, seconds)
     if answer.value is None:
@@ -214,7 +210,7 @@ def _solve_by_glop(linear: _Linear, seconds: float | None) -> _Answer | None:
 
 
 def _solve_by_highs(linear: _Linear, seconds: float | None) -> _Answer:
-    """Interior points, and from them to a vertex."""
+    """Dual simplex: interior points take longer where candidates have many sites in common."""
     result: Any = linprog(  # type: ignore[call-overload]  # scipy-stubs knows no sparse arrays
         linear.price,
         A_eq=linear.cover,
@@ -222,7 +218,7 @@ def _solve_by_highs(linear: _Linear, seconds: float | None) -> _Answer:
         A_ub=linear.cost,
         b_ub=linear.budget or None,
         bounds=(0, None),  # cover: z_c <= 1
-        method="highs-ipm",
+        method="highs-ds",
         options={} if seconds is None else {"time_limit": seconds},
     )
     return _Answer(

@@ -11,10 +11,21 @@ import numpy.typing as npt
 
 from npas_fx.solvers.exact_cover import Cover, CoverProgram, minimise
 from npas_fx.solvers.relaxation import Relaxation, relax
+from npas_fx.solvers.trees import approximate
 
 # An emergency stop: plans come from limits that are the same everywhere, unless one takes this
 # long, in seconds of wall time.
 EMERGENCY = 600.0
+
+
+# Of more sites than this, multipliers come from clustering trees: of 10,000 sites the linear
+# relaxation took GLOP 114 s and HiGHS's interior points more than 150 s, and trees 30 s.
+MOST_RELAXED = 3000
+# What the relaxation takes more of than this, it takes; up to 1 less this, it takes in part.
+TAKEN = 1e-6
+# Of sites that the relaxation covers in parts, a search is among so many candidates each. With none
+# 2,000 sites at half their size came to a gap of 0.22 %, with 20 to 0.07 %.
+AROUND = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +33,12 @@ class Round:
     """One search by CP-SAT.
 
     Attributes:
-        within: It is among the candidates whose bound is at most this share of the best price
-            above the bound of all; None for all that may be in a better cover.
+        columns: It is among so many candidates that may be in a better cover, those with the
+            lowest bounds, and what is near the relaxation's solution; None for all.
         limit: In CP-SAT's deterministic time; None to go on until there is a proof.
     """
 
-    within: float | None
+    columns: int | None
     limit: float | None
 
 
@@ -48,7 +59,7 @@ class Limits:
 
 
 # Until there is a proof.
-EXACT = Limits(rounds=(Round(within=1e-2, limit=1.0), Round(within=None, limit=None)))
+EXACT = Limits(rounds=(Round(columns=2000, limit=1.0), Round(columns=None, limit=None)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +148,15 @@ def _search(
     clock: Clock,
     good: int | None,
 ) -> Found:
-    relaxation = relax(program, clock.left)
+    if program.num_sites <= MOST_RELAXED:
+        relaxation = relax(program, clock.left)
+        covers = [*known, *_whole(program, relaxation)]
+    else:
+        relaxation = approximate(program)
+        covers = [*known, *_whole(program, relaxation)]
+        relaxation = _relax_few(program, relaxation, clock)
     bound, work, is_reproducible = relaxation.bound, 0.0, relaxation.is_reproducible
-    covers = [*known, *_whole(program, relaxation)]
+    is_near = _near_relaxation(program, relaxation)
     is_infeasible = bool(
         (np.bincount(program.incidence.sites, minlength=program.num_sites) == 0).any()
     )
@@ -149,7 +166,7 @@ def _search(
         gap = 0.0 if left_to_prove else limits.close_enough
         if is_infeasible or _is_done(least, bound, gap, good) or not clock.left:
             break
-        is_searched = _is_searched(relaxation, bound, least, round_.within)
+        is_searched = _is_searched(relaxation, is_near, least, round_.columns)
         hint = min(covers, key=program.total, default=())
         cover = _minimise_among(
             program, np.flatnonzero(is_searched), hint, round_.limit, left_to_prove, limits, clock
@@ -158,11 +175,14 @@ def _search(
         is_reproducible &= cover.is_reproducible
         if cover.chosen is not None:
             covers.append(cover.chosen)
+        is_stuck = cover.status == "unknown" and bool(covers)  # with more, it would be as well
         # A cover either has a candidate that was left out, or is bounded by the search.
         bounds = relaxation.bound_with[~is_searched].tolist()
         bounds += [] if cover.bound is None else [cover.bound]
         is_infeasible = not bounds
         bound = max(bound, min(bounds, default=bound))
+        if is_stuck:
+            break
     best = min(covers, key=lambda cover: (program.total(cover), cover), default=None)
     least = None if best is None else program.total(best)
     return Found(
@@ -189,16 +209,48 @@ def _whole(program: CoverProgram, relaxation: Relaxation) -> list[tuple[int, ...
     return [cover] if (counts == 1).all() and program.fits(cover) else []
 
 
+def _relax_few(program: CoverProgram, relaxation: Relaxation, clock: Clock) -> Relaxation:
+    """Keep the bounds, and see what the linear relaxation takes of those with the lowest."""
+    bound_with = relaxation.bound_with.tolist()
+    order = sorted(range(len(bound_with)), key=bound_with.__getitem__)
+    few = np.union1d(order[: 2 * program.num_sites], np.flatnonzero(relaxation.value))
+    linear = relax(program.restrict(few), clock.left)
+    value = np.zeros(len(program.price))
+    value[few] = linear.value
+    return replace(relaxation, value=value, is_reproducible=linear.is_reproducible)
+
+
+def _near_relaxation(program: CoverProgram, relaxation: Relaxation) -> npt.NDArray[np.bool_]:
+    """``(C,)``: what the relaxation takes, and the best for each site that it covers in parts."""
+    is_near = np.asarray(relaxation.value > TAKEN, bool)
+    in_parts = np.flatnonzero(is_near & (relaxation.value < 1 - TAKEN))
+    sites = np.unique(program.restrict(in_parts).incidence.sites).tolist()
+    candidates_of = program.incidence.candidates_of(program.num_sites) if sites else []
+    for i in sites:
+        bound_with = relaxation.bound_with[candidates_of[i]].tolist()
+        best = sorted(range(len(bound_with)), key=bound_with.__getitem__)[:AROUND]
+        is_near[candidates_of[i][best]] = True
+    return is_near
+
+
 def _is_searched(
-    relaxation: Relaxation, bound: int, least: int | None, within: float | None
+    relaxation: Relaxation,
+    is_near: npt.NDArray[np.bool_],
+    least: int | None,
+    columns: int | None,
 ) -> npt.NDArray[np.bool_]:
     """``(C,)``, which candidates a search is among."""
-    if least is None:
-        return np.ones(len(relaxation.bound_with), bool)
-    most = least - 1
-    if within is not None:
-        most = min(most, bound + int(within * abs(least)))
-    return np.asarray(relaxation.bound_with <= most, bool)
+    bound_with = relaxation.bound_with
+    is_open = np.ones(len(bound_with), bool)
+    if least is not None:
+        is_open = np.asarray(bound_with < least, bool)
+    if columns is None or columns >= int(is_open.sum()):
+        return is_open
+    is_searched = is_near & is_open
+    open_ = np.flatnonzero(is_open)
+    order = sorted(range(len(open_)), key=bound_with[open_].tolist().__getitem__)
+    is_searched[open_[order[:columns]]] = True
+    return is_searched
 
 
 def _minimise_among(

@@ -11,7 +11,7 @@ from npas_fx.solvers.rounds import Limits, Round
 from planning_problems import every_plan, exact_price, ladder, planning_problems, with_budget
 
 examples = settings(max_examples=60, deadline=None)
-CUT_SHORT = Limits(rounds=(Round(within=None, limit=0.0),))
+CUT_SHORT = Limits(rounds=(Round(columns=None, limit=0.0),))
 
 
 @examples

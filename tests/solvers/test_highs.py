@@ -60,6 +60,9 @@ def of_huge_costs(problem: PlanningProblem, power: int, noise: list[int]) -> Pla
 @given(planning_problems(max_sites=6, rules=True))
 def test_selection_is_the_true_optimum(problem: PlanningProblem) -> None:
     plans = every_plan(problem)
+    reduced = reduce(problem)
+    program = CoverProgram.of(reduced, [int(8 * price) for price in reduced.price])
+    assert minimise(program).status == ("optimal" if plans else "infeasible")
     selection = select(problem)
     assert (selection.status == "infeasible") == (not plans)
     assume(plans)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from npas_fx.solvers import PlanningProblem, cp_sat, greedy
 from npas_fx.solvers.exact_cover import CoverProgram
-from npas_fx.solvers.lagrange import SiteSets, Tree, fit, search, select
+from npas_fx.solvers.lagrange import select
 from npas_fx.solvers.reduce import reduce
 from npas_fx.solvers.relaxation import relax
+from npas_fx.solvers.trees import SiteSets, Tree, fit, search
 from planning_problems import (
     ANY_PRICES,
     GRID_PRICES,
@@ -126,7 +127,24 @@ def test_sets_of_a_tree_do_not_cross_and_no_other_could_join(
     for members, rank in zip(sets.members, preference, strict=True):
         taken = [node for s, node in zip(tree.nodes, nodes, strict=True) if preference[s] <= rank]
         if set(members) not in nodes:
-            assert any(node & set(members) and not node >= set(members) for node in taken)
+            crossed = [node & set(members) for node in taken]
+            assert any(
+                both not in (set(), node, set(members))
+                for both, node in zip(crossed, taken, strict=True)
+            )
+
+
+def test_a_tree_takes_sets_around_those_that_it_prefers() -> None:
+    problem = PlanningProblem(
+        num_sites=4,
+        members=((0, 1, 2), (0, 1), (1, 2), (0,), (1,), (2,), (3,)),
+        price=(0.0,) * 7,
+        cost={},
+        budget={},
+    )
+    sets = SiteSets(program_of(problem))
+    tree = Tree.of(sets, sets.incidence.lengths.astype(float))  # from small sets up
+    assert [sets.members[s] for s in tree.nodes[1:-4]] == [(0, 1, 2), (0, 1)]
 
 
 @examples
@@ -226,11 +244,25 @@ def test_order_of_candidates_does_not_change_what_is_proven(
         cost={r: tuple(cost[c] for c in order) for r, cost in problem.cost.items()},
     )
     before, after = search(program_of(problem)), search(program_of(shuffled))
-    assert (before.bound, before.resource) == (after.bound, after.resource)
-    assert before.site.tolist() == after.site.tolist()
+    assert (before.bound, before.multipliers.resource) == (after.bound, after.multipliers.resource)
+    assert before.multipliers.site.tolist() == after.multipliers.site.tolist()
     assert (before.cover is None) == (after.cover is None)
     if before.cover is not None and after.cover is not None:
         assert program_of(problem).total(before.cover) == program_of(shuffled).total(after.cover)
+
+
+def test_the_multiplier_is_the_slope_of_the_hull_at_the_budget() -> None:
+    # By cost and price the corners are (2, 32), (4, 8) and (6, 0).
+    problem = PlanningProblem(
+        num_sites=2,
+        members=((0,), (0,), (0,), (1,), (1,), (1,)),
+        price=(16.0, 4.0, 0.0, 16.0, 4.0, 0.0),
+        cost={"parameters": (1, 2, 3, 1, 2, 3)},
+        budget={"parameters": 3},
+    )
+    selection = select(problem)
+    assert selection.shadow_price == {"parameters": 12.0}
+    assert (selection.objective, selection.bound, selection.status) == (20.0, 20.0, "optimal")
 
 
 def test_two_sets_that_cross_are_left_to_different_trees() -> None:

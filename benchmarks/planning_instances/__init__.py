@@ -1,0 +1,1 @@
+"""What the benchmark of planning solves: made-up networks and real ones."""
