@@ -173,8 +173,11 @@ def minimise(
     objective = program.total(chosen)
     if status == cp_model.OPTIMAL and not gap:
         return Cover(chosen=chosen, bound=objective, status="optimal", work=work)
-    # A whole number, and exact as a float for the totals of integer_prices.
-    bound = min(objective, round(solver.best_objective_bound))
+    # A whole number, and exact as a float for the totals of integer_prices; costs may be larger.
+    bound = round(solver.best_objective_bound)
+    if abs(bound) > 2**53:
+        bound -= abs(bound) >> 52
+    bound = min(objective, bound)
     return Cover(
         chosen=chosen, bound=bound, status="feasible", work=work, is_reproducible=is_reproducible
     )

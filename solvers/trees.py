@@ -37,8 +37,8 @@ NUM_SWEEPS = 4
 # Multipliers of one resource for one tree: mostly a dozen does.
 MAX_SLOPES = 50
 # Steps that fit the multipliers of the sites to all candidates; a step is halved when so many in a
-# row brought nothing. On 600 sites they leave the bound 0.005 % below the linear relaxation's, on
-# 2,000 sites 0.05 to 0.3 %.
+# row brought nothing. They leave the bound up to 0.9 % below the linear relaxation's on 600 sites,
+# up to 0.6 % on 2,000; one step leaves it 2 % below at least.
 NUM_STEPS = 200
 PATIENCE = 8
 # As a share of a total, what may be rounding.
@@ -66,7 +66,7 @@ class Found(NamedTuple):
 def approximate(program: CoverProgram) -> Relaxation:
     """Bound the price of every cover, from clustering trees in place of the linear relaxation.
 
-    Where that takes minutes, this takes seconds; the bound is up to 0.3 % lower.
+    Where that takes minutes, this takes seconds; the bound is up to 0.9 % lower.
     """
     found = search(program)
     value = np.zeros(len(program.price))
