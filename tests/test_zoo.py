@@ -165,7 +165,10 @@ def test_it_is_the_original_with_generated_weights(case, mode):
     expected_gradients = gradients(loss_of(expected), parameters)
     floor = 1e-3 * max(map(largest, expected_gradients.values()))
     for name, gradient in expected_gradients.items():
-        assert largest(gradient) > 0, name
+        # A few elements may all be taps that see only padding, on pictures this small. That what
+        # is used is live, next to the plain network, is tested in test_invariants.
+        is_tiny = name.endswith(".partial") and gradient.numel() < 64
+        assert largest(gradient) > 0 or is_tiny, name
         assert_close(name, got_gradients[name], gradient, dtype, is_gradient=True, floor=floor)
 
 
