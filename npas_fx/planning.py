@@ -199,9 +199,7 @@ class _Task:
         rounds = min(_MOST_ROUNDS, _MOST_ENTRIES // max(entries, 1))
 
         def price(given: Sequence[Candidate]) -> list[Pricing | None]:
-            problem = self._problem(given)
-            budgets = [{self.resource: amount} for amount in amounts]
-            return [price_sites(replace(problem, budget=budget)) for budget in budgets]
+            return price_sites(self._problem(given), amounts)
 
         refined = refine(candidates, pricer, price, rounds=rounds)
         selections = select_each(self._problem(refined.candidates), amounts, select)

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from npas_fx.ir import Candidate, Size
 from npas_fx.propose import Members, Pricer, keeps_apart, make_atoms
 from npas_fx.solvers import Selection
-from npas_fx.solvers.pricing import MAX_BANKS, Pricing
+from npas_fx.solvers.pricing import Pricing
 from npas_fx.solvers.problem import Incidence
+from npas_fx.solvers.reduce import MAX_BANKS
 
 _Key: TypeAlias = "tuple[Members, str, Size]"
 
@@ -42,13 +43,11 @@ class Refined:
         pricings: the last ones, one for each budget, None for one that cannot be met; empty where
             no round was made.
         rounds: how often some were added.
-        is_complete: whether the last look at reduced costs found none that could be of use.
     """
 
     candidates: tuple[Candidate, ...]
     pricings: tuple[Pricing | None, ...]
     rounds: int
-    is_complete: bool
 
 
 def refine(
@@ -67,12 +66,12 @@ def refine(
         rounds: the most that are made.
 
     Returns:
-        Where ``is_complete``, nothing of these has a negative reduced cost any more: a size of a
+        Where the rounds were enough, nothing of these has a negative reduced cost: a size of a
         family that was near to being used; a bank made of one that the relaxation uses by adding a
         near bank or weight, taking one out, or splitting it by depth, shape, role or place.
     """
     if not rounds:
-        return Refined(candidates=tuple(candidates), pricings=(), rounds=0, is_complete=False)
+        return Refined(candidates=tuple(candidates), pricings=(), rounds=0)
     found, known = list(candidates), {_key(candidate) for candidate in candidates}
     for done in range(rounds + 1):
         pricings = tuple(price(found))
@@ -87,12 +86,10 @@ def refine(
                     more.setdefault(_key(candidate), candidate)
         fresh = [candidate for key, candidate in more.items() if key not in known]
         if not fresh:
-            return Refined(
-                candidates=tuple(found), pricings=pricings, rounds=done, is_complete=True
-            )
+            return Refined(candidates=tuple(found), pricings=pricings, rounds=done)
         known.update(map(_key, fresh))
         found += fresh
-    return Refined(candidates=tuple(found), pricings=pricings, rounds=rounds, is_complete=False)
+    return Refined(candidates=tuple(found), pricings=pricings, rounds=rounds)
 
 
 def add_near(refined: Refined, pricer: Pricer, selections: Sequence[Selection]) -> Refined | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from npas_fx.solvers import greedy
+from npas_fx.solvers.certify import certify, certify_infeasible
 from npas_fx.solvers.exact_cover import CoverProgram
-from npas_fx.solvers.floor import certify_infeasible, cheapest_plan
-from npas_fx.solvers.integer_prices import IntegerPrices, to_integers
-from npas_fx.solvers.problem import PlanningProblem, PlanningProblemError, total_price
-from npas_fx.solvers.reduce import MAX_BANKS, Reduced, reduce
-from npas_fx.solvers.relaxation import MULTIPLIER_BITS
+from npas_fx.solvers.integer_prices import to_integers
+from npas_fx.solvers.problem import PlanningProblem, PlanningProblemError
+from npas_fx.solvers.reduce import reduce
 from npas_fx.solvers.rounds import EMERGENCY, Clock, Found, Limits, Round, search
-from npas_fx.solvers.selection import Selection, relative_gap
+from npas_fx.solvers.selection import Selection
 
 # The relaxation is nearly integral: the few candidates that it takes, and those of the greedy plan,
 # mostly hold a plan within 0.05 % of the bound, which CP-SAT finds at once. Among 18,000 candidates
@@ -83,39 +82,44 @@ def select_frontier(
     asked = [_replace_budget(problem, budget) for budget in budgets]
     reduced = reduce(problem)
     prices = to_integers(reduced.price)
-    solved: dict[int, _Solved] = {}
+    solved: dict[int, Found] = {}
+    covers: dict[int, list[tuple[int, ...]]] = {}
     # Whoever has less of everything comes first.
     for k in sorted(range(len(asked)), key=lambda k: tuple(asked[k].budget.values())):
         at = replace(reduced, budget={**reduced.budget, **asked[k].budget})
         program = CoverProgram.of(at, prices.values)
-        known = [one.chosen for one in solved.values() if program.fits(one.chosen)]
+        met = dict.fromkeys(cover for found in covers.values() for cover in found)
+        known = [cover for cover in met if program.fits(cover)]
         start = greedy.plan(at, known[-1] if known else None)
         if start is not None:
             found = search(program, [start, *known], limits, clock)
             assert found.chosen is not None  # at least the greedy one
-            # Integers may tell apart what floats take for equal, and the other way round.
-            chosen = min([found.chosen, start, *known], key=lambda plan: _rank(reduced, plan))
-            solved[k] = _Solved(chosen=chosen, found=found, bound=found.bound)
-    for k, one in solved.items():
+            covers[k] = [found.chosen, start, *known]
+            solved[k] = found
+    selections = []
+    for k, problem_k in enumerate(asked):
+        if k not in solved:
+            selections.append(certify_infeasible(problem_k, seconds=clock.passed))
+            continue
         bounds = [
-            other.bound
-            for more_k, other in solved.items()
-            if all(asked[k].budget[r] <= budget for r, budget in asked[more_k].budget.items())
+            found.bound
+            for more_k, found in solved.items()
+            if all(problem_k.budget[r] <= budget for r, budget in asked[more_k].budget.items())
         ]
-        solved[k] = replace(one, bound=max(bounds))
-    return [
-        _certify(problem_k, reduced, prices, solved[k], clock.passed)
-        if k in solved
-        else certify_infeasible(problem_k, seconds=clock.passed)
-        for k, problem_k in enumerate(asked)
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Solved:
-    chosen: tuple[int, ...]
-    found: Found
-    bound: int
+        selection = certify(
+            problem_k,
+            reduced,
+            covers[k],
+            prices.to_price(max(bounds)),
+            is_proven=solved[k].is_proven,
+            prices=prices,
+            multipliers=solved[k].relaxation.multipliers,
+            work={"relaxation": len(reduced.incidence.sites), "cp_sat": solved[k].work},
+            is_reproducible=solved[k].is_reproducible,
+            seconds=clock.passed,
+        )
+        selections.append(selection)
+    return selections
 
 
 def _replace_budget(problem: PlanningProblem, budget: int | Mapping[str, int]) -> PlanningProblem:
@@ -132,36 +136,3 @@ def _replace_budget(problem: PlanningProblem, budget: int | Mapping[str, int]) -
             f"It counts {', '.join(map(repr, problem.budget)) or 'nothing'}."
         )
     return replace(problem, budget={**problem.budget, **budget})
-
-
-def _rank(reduced: Reduced, cover: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
-    return reduced.total_price(cover), cover
-
-
-def _certify(
-    problem: PlanningProblem,
-    reduced: Reduced,
-    prices: IntegerPrices,
-    solved: _Solved,
-    seconds: float,
-) -> Selection:
-    chosen = tuple(sorted(reduced.given[k] for k in solved.chosen))
-    objective = total_price(problem, chosen)
-    bound = min(objective, prices.to_price(solved.bound))
-    found, multipliers = solved.found, solved.found.relaxation.multipliers
-    unit = prices.to_price(1) / (1 << MULTIPLIER_BITS)
-    return Selection(
-        chosen=chosen,
-        objective=objective,
-        bound=bound,
-        gap=relative_gap(problem, objective, bound, lambda: cheapest_plan(reduced, problem)),
-        status="optimal" if found.is_proven or bound == objective else "feasible",
-        num_candidates=len(problem.members),
-        site_value=tuple(float(value) * unit for value in multipliers.site),
-        shadow_price={
-            r: float(mu) * unit for r, mu in multipliers.resource.items() if r != MAX_BANKS
-        },
-        work={"relaxation": len(reduced.incidence.sites), "cp_sat": found.work},
-        is_reproducible=found.is_reproducible,
-        seconds=seconds,
-    )

@@ -64,6 +64,18 @@ class CoverProgram:
             cost={resource: cost[candidates] for resource, cost in self.cost.items()},
         )
 
+    def affordable(self) -> npt.NDArray[np.int64]:
+        """The candidates that take no more than there is of anything."""
+        fits = np.ones(len(self.price), bool)
+        for r, cost in self.cost.items():
+            fits &= cost <= self.budget[r]
+        return np.flatnonzero(fits)
+
+    def coverage(self, candidates: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """``(S,)``, how many of these candidates have each site."""
+        sites = self.restrict(np.asarray(candidates, np.int64)).incidence.sites
+        return np.bincount(sites, minlength=self.num_sites)
+
     def total(self, cover: Sequence[int]) -> int:
         """Add up the prices of a cover."""
         return int(self.price[list(cover)].sum())

@@ -12,7 +12,7 @@ from npas_fx.solvers.integer_prices import to_integers
 from npas_fx.solvers.problem import PlanningProblem
 from npas_fx.solvers.reduce import MAX_BANKS, Reduced, reduce
 from npas_fx.solvers.rounds import EMERGENCY, EXACT, Clock, Limits, Round, search
-from npas_fx.solvers.selection import Obstacle, Selection
+from npas_fx.solvers.selection import Obstacle
 
 # The lower price among equally cheap covers is a courtesy, so its search is cut short.
 _TIE_BREAK = Limits(rounds=(Round(columns=None, limit=1.0),))
@@ -59,20 +59,6 @@ def cheapest_plan(reduced: Reduced, problem: PlanningProblem) -> tuple[int, ...]
     cover = cheapest_cover(_without_budgets(reduced), resource)
     assert cover is not None  # it is asked for where there is a plan
     return tuple(reduced.given[k] for k in cover)
-
-
-def certify_infeasible(problem: PlanningProblem, *, seconds: float) -> Selection:
-    """Write the certificate that there is no plan."""
-    return Selection(
-        chosen=(),
-        objective=None,
-        bound=None,
-        gap=None,
-        status="infeasible",
-        obstacle=find_obstacle(problem),
-        num_candidates=len(problem.members),
-        seconds=seconds,
-    )
 
 
 def find_obstacle(problem: PlanningProblem) -> Obstacle:

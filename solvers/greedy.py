@@ -8,13 +8,14 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from npas_fx.solvers.certify import certify, certify_infeasible
 from npas_fx.solvers.exact_cover import CoverProgram
-from npas_fx.solvers.floor import certify_infeasible, cheapest_plan, find_cover
+from npas_fx.solvers.floor import find_cover
 from npas_fx.solvers.integer_prices import to_integers
-from npas_fx.solvers.problem import PlanningProblem, total_price
+from npas_fx.solvers.problem import PlanningProblem
 from npas_fx.solvers.reduce import Reduced, reduce
 from npas_fx.solvers.relaxation import MULTIPLIER_BITS, Multipliers, bound_by
-from npas_fx.solvers.selection import Selection, relative_gap
+from npas_fx.solvers.selection import Selection
 
 # A step must lower the price by this much of the largest price, or sums of floats might circle.
 MIN_DECREASE = 1e-12
@@ -30,18 +31,8 @@ def select(problem: PlanningProblem) -> Selection:
     chosen = plan(reduced)
     if chosen is None:
         return certify_infeasible(problem, seconds=time.perf_counter() - start)
-    chosen = tuple(sorted(reduced.given[k] for k in chosen))
-    objective = total_price(problem, chosen)
-    bound = min(objective, _bound_by_site(reduced))
-    return Selection(
-        chosen=chosen,
-        objective=objective,
-        bound=bound,
-        gap=relative_gap(problem, objective, bound, lambda: cheapest_plan(reduced, problem)),
-        status="optimal" if bound == objective else "feasible",
-        num_candidates=len(problem.members),
-        seconds=time.perf_counter() - start,
-    )
+    bound = _bound_by_site(reduced)
+    return certify(problem, reduced, [chosen], bound, seconds=time.perf_counter() - start)
 
 
 def plan(reduced: Reduced, cover: tuple[int, ...] | None = None) -> tuple[int, ...] | None:

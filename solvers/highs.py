@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from npas_fx.solvers import greedy
+from npas_fx.solvers.certify import certify, certify_infeasible
 from npas_fx.solvers.exact_cover import Cover, CoverProgram
-from npas_fx.solvers.floor import certify_infeasible, cheapest_plan
 from npas_fx.solvers.integer_prices import to_integers
-from npas_fx.solvers.problem import PlanningProblem, total_price
+from npas_fx.solvers.problem import PlanningProblem
 from npas_fx.solvers.reduce import reduce
 from npas_fx.solvers.rounds import EMERGENCY, Clock
-from npas_fx.solvers.selection import Selection, relative_gap
+from npas_fx.solvers.selection import Selection
 
 # HiGHS's own, absolute: constraints may be violated by it, and covers that are better by less than
 # it are not looked for.
@@ -49,17 +49,12 @@ def select(problem: PlanningProblem, *, gap: float = 0.0, seconds: float = EMERG
         return certify_infeasible(problem, seconds=clock.passed)
     assert found.bound is not None  # it is not infeasible
     covers = [grown] if found.chosen is None else [grown, found.chosen]
-    plans = [tuple(reduced.given[k] for k in cover) for cover in covers]
-    chosen = min(plans, key=lambda plan: (total_price(problem, plan), plan))
-    objective = total_price(problem, chosen)
-    bound = min(objective, prices.to_price(found.bound))
-    return Selection(
-        chosen=chosen,
-        objective=objective,
-        bound=bound,
-        gap=relative_gap(problem, objective, bound, lambda: cheapest_plan(reduced, problem)),
-        status="optimal" if found.status == "optimal" or bound == objective else "feasible",
-        num_candidates=len(problem.members),
+    return certify(
+        problem,
+        reduced,
+        covers,
+        prices.to_price(found.bound),
+        is_proven=found.status == "optimal",
         work={"nodes": found.work},
         is_reproducible=found.is_reproducible,
         seconds=clock.passed,
@@ -86,14 +81,9 @@ def minimise(program: CoverProgram, *, gap: float = 0.0, seconds: float | None =
     if not program.num_sites:
         return Cover(chosen=(), bound=0, status="optimal")
     # What no budget allows would only spoil the scale.
-    affordable = np.flatnonzero(
-        np.logical_and.reduce(
-            [np.ones(len(program.price), bool)]
-            + [cost <= program.budget[r] for r, cost in program.cost.items()]
-        )
-    )
+    affordable = program.affordable()
     open_ = program.restrict(affordable)
-    if (np.bincount(open_.incidence.sites, minlength=open_.num_sites) == 0).any():
+    if not program.coverage(affordable).all():
         return Cover(chosen=None, bound=None, status="infeasible")
 
     bound, work, is_reproducible = int(np.minimum(program.price, 0).sum()), 0.0, True
@@ -109,10 +99,7 @@ def minimise(program: CoverProgram, *, gap: float = 0.0, seconds: float | None =
                 return Cover(chosen=None, bound=None, status="infeasible", work=work)
             bound = max(bound, _round_up(open_, result.mip_dual_bound))
         cover = () if result.x is None else tuple(np.flatnonzero(result.x > 0.5).tolist())
-        counts = np.bincount(
-            open_.restrict(np.array(cover, np.int64)).incidence.sites, minlength=open_.num_sites
-        )
-        if (counts != 1).any():
+        if (open_.coverage(cover) != 1).any():
             break
         if open_.fits(cover):
             total = open_.total(cover)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 
 from npas_fx.solvers import greedy
+from npas_fx.solvers.certify import certify, certify_infeasible
 from npas_fx.solvers.exact_cover import CoverProgram
-from npas_fx.solvers.floor import certify_infeasible, cheapest_plan
 from npas_fx.solvers.integer_prices import to_integers
-from npas_fx.solvers.problem import PlanningProblem, total_price
-from npas_fx.solvers.reduce import MAX_BANKS, reduce
-from npas_fx.solvers.relaxation import MULTIPLIER_BITS
-from npas_fx.solvers.selection import Selection, relative_gap
+from npas_fx.solvers.problem import PlanningProblem
+from npas_fx.solvers.reduce import reduce
+from npas_fx.solvers.selection import Selection
 from npas_fx.solvers.trees import search
 
 
@@ -33,21 +32,13 @@ def select(problem: PlanningProblem) -> Selection:
     cover = greedy.plan(reduced, found.cover)
     if cover is None:
         return certify_infeasible(problem, seconds=time.perf_counter() - start)
-    chosen = tuple(sorted(reduced.given[k] for k in cover))
-    objective = total_price(problem, chosen)
-    bound = min(objective, prices.to_price(found.bound))
-    unit = prices.to_price(1) / (1 << MULTIPLIER_BITS)
-    return Selection(
-        chosen=chosen,
-        objective=objective,
-        bound=bound,
-        gap=relative_gap(problem, objective, bound, lambda: cheapest_plan(reduced, problem)),
-        status="optimal" if bound == objective else "feasible",
-        num_candidates=len(problem.members),
-        site_value=tuple(float(value) * unit for value in found.multipliers.site),
-        shadow_price={
-            r: float(mu) * unit for r, mu in found.multipliers.resource.items() if r != MAX_BANKS
-        },
+    return certify(
+        problem,
+        reduced,
+        [cover],
+        prices.to_price(found.bound),
+        prices=prices,
+        multipliers=found.multipliers,
         work={"plans": found.num_plans},
         seconds=time.perf_counter() - start,
     )

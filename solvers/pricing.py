@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from npas_fx.solvers.certify import to_floats
 from npas_fx.solvers.exact_cover import CoverProgram
 from npas_fx.solvers.integer_prices import to_integers
 from npas_fx.solvers.problem import PlanningProblem
-from npas_fx.solvers.reduce import MAX_BANKS, reduce
-from npas_fx.solvers.relaxation import MULTIPLIER_BITS, relax
+from npas_fx.solvers.reduce import reduce
+from npas_fx.solvers.relaxation import relax
+from npas_fx.solvers.rounds import TAKEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +39,31 @@ class Pricing:
     price: float
 
 
-def price_sites(problem: PlanningProblem) -> Pricing | None:
-    """Solve the linear relaxation; None where it has no solution, or none was found."""
+def price_sites(problem: PlanningProblem, budgets: Sequence[int]) -> list[Pricing | None]:
+    """Solve the linear relaxation at many budgets of the first resource.
+
+    Returns:
+        One pricing for each budget; None where the relaxation has no solution, or none was found.
+    """
     reduced = reduce(problem)
     if reduced.bare:
-        return None
+        return [None] * len(budgets)
     prices = to_integers(reduced.price)
-    relaxation = relax(CoverProgram.of(reduced, prices.values))
-    taken = {
-        reduced.given[k]: float(value) for k, value in enumerate(relaxation.value) if value > 1e-6
-    }
-    if not taken and problem.num_sites:
-        return None
-    unit = prices.to_price(1) / (1 << MULTIPLIER_BITS)
-    multipliers = relaxation.multipliers
-    return Pricing(
-        site_value=tuple(float(value) * unit for value in multipliers.site),
-        shadow_price={r: float(mu) * unit for r, mu in multipliers.resource.items()},
-        taken=taken,
-        price=prices.to_price(relaxation.bound),
-    )
-
-
-__all__ = ["MAX_BANKS", "Pricing", "price_sites"]
+    resource = next(iter(problem.budget))
+    pricings: list[Pricing | None] = []
+    for budget in budgets:
+        at = replace(reduced, budget={**reduced.budget, resource: budget})
+        relaxation = relax(CoverProgram.of(at, prices.values))
+        taken = {
+            reduced.given[k]: float(relaxation.value[k])
+            for k in np.flatnonzero(relaxation.value > TAKEN).tolist()
+        }
+        site_value, shadow_price = to_floats(relaxation.multipliers, prices)
+        pricing = Pricing(
+            site_value=site_value,
+            shadow_price=shadow_price,
+            taken=taken,
+            price=prices.to_price(relaxation.bound),
+        )
+        pricings.append(pricing if taken or not problem.num_sites else None)
+    return pricings

@@ -122,12 +122,7 @@ def search(
         clock: When to stop in an emergency.
         good: Stop at a cover of this price, or when it is proven that there is none.
     """
-    affordable = np.flatnonzero(
-        np.logical_and.reduce(
-            [np.ones(len(program.price), bool)]
-            + [cost <= program.budget[r] for r, cost in program.cost.items()]
-        )
-    )
+    affordable = program.affordable()
     position = {int(c): k for k, c in enumerate(affordable)}
     found = _search(
         program.restrict(affordable),
@@ -157,9 +152,7 @@ def _search(
         relaxation = _relax_few(program, relaxation, clock)
     bound, work, is_reproducible = relaxation.bound, 0.0, relaxation.is_reproducible
     is_near = _near_relaxation(program, relaxation)
-    is_infeasible = bool(
-        (np.bincount(program.incidence.sites, minlength=program.num_sites) == 0).any()
-    )
+    is_infeasible = not program.coverage(range(len(program.price))).all()
     for round_ in limits.rounds:
         least = min((program.total(cover) for cover in covers), default=None)
         left_to_prove = max(0.0, limits.proof - work)
@@ -204,9 +197,8 @@ def _is_done(least: int | None, bound: int, close_enough: float, good: int | Non
 def _whole(program: CoverProgram, relaxation: Relaxation) -> list[tuple[int, ...]]:
     """The relaxation's solution, where that is a cover within the budgets."""
     chosen = np.flatnonzero(relaxation.value > 0.5)
-    counts = np.bincount(program.restrict(chosen).incidence.sites, minlength=program.num_sites)
     cover = tuple(chosen.tolist())
-    return [cover] if (counts == 1).all() and program.fits(cover) else []
+    return [cover] if (program.coverage(chosen) == 1).all() and program.fits(cover) else []
 
 
 def _relax_few(program: CoverProgram, relaxation: Relaxation, clock: Clock) -> Relaxation:

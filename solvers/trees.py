@@ -83,17 +83,12 @@ def approximate(program: CoverProgram) -> Relaxation:
 def search(program: CoverProgram) -> Found:
     """Try one tree after the other, on the candidates that the budgets allow."""
     given = program
-    affordable = np.flatnonzero(
-        np.logical_and.reduce(
-            [np.ones(len(program.price), bool)]
-            + [cost <= program.budget[r] for r, cost in program.cost.items()]
-        )
-    )
+    affordable = program.affordable()
     program = program.restrict(affordable)
     mu = dict.fromkeys(program.budget, 0.0)
     site, best_mu, best_bound = np.zeros(program.num_sites), mu, -math.inf
     covers: list[_Cover] = []
-    if 0 < program.num_sites == len(np.unique(program.incidence.sites)):
+    if program.num_sites and program.coverage(range(len(program.price))).all():
         sets = SiteSets(program)
         preference = np.zeros(len(sets.members))  # the first tree is made from large sets down
         for _ in range(NUM_TREES):

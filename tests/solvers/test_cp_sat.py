@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, cp_sat, greedy
 from npas_fx.solvers.exact_cover import CoverProgram
 from npas_fx.solvers.integer_prices import to_integers
-from npas_fx.solvers.problem import Incidence
+from npas_fx.solvers.problem import Incidence, restrict
 from npas_fx.solvers.reduce import reduce
 from npas_fx.solvers.relaxation import Multipliers, bound_by, relax
 from npas_fx.solvers.rounds import Limits, Round
@@ -149,12 +149,7 @@ def test_order_of_candidates_changes_only_the_choice_among_equals(
     problem: PlanningProblem, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(problem.members))))
-    shuffled = replace(
-        problem,
-        members=tuple(problem.members[c] for c in order),
-        price=tuple(problem.price[c] for c in order),
-        cost={r: tuple(cost[c] for c in order) for r, cost in problem.cost.items()},
-    )
+    shuffled = restrict(problem, order)
     before, after = cp_sat.select(problem), cp_sat.select(shuffled)
     assert (before.objective, before.status, before.obstacle) == (
         after.objective,

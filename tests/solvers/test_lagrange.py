@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from npas_fx.solvers import PlanningProblem, cp_sat, greedy
 from npas_fx.solvers.exact_cover import CoverProgram
 from npas_fx.solvers.lagrange import select
+from npas_fx.solvers.problem import restrict
 from npas_fx.solvers.reduce import reduce
 from npas_fx.solvers.relaxation import relax
 from npas_fx.solvers.trees import SiteSets, Tree, fit, search
@@ -237,12 +237,7 @@ def test_order_of_candidates_does_not_change_what_is_proven(
     problem: PlanningProblem, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(problem.members))))
-    shuffled = replace(
-        problem,
-        members=tuple(problem.members[c] for c in order),
-        price=tuple(problem.price[c] for c in order),
-        cost={r: tuple(cost[c] for c in order) for r, cost in problem.cost.items()},
-    )
+    shuffled = restrict(problem, order)
     before, after = search(program_of(problem)), search(program_of(shuffled))
     assert (before.bound, before.multipliers.resource) == (after.bound, after.multipliers.resource)
     assert before.multipliers.site.tolist() == after.multipliers.site.tolist()
