@@ -24,8 +24,9 @@ from npas_fx.passes.examples import read_examples
 from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
 from npas_fx.passes.refuse_models import refuse_changes_by_train
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
+from npas_fx.patterns import Patterns
 from npas_fx.planning import Profiler, make_frontier, make_plan, resolve_generators
-from npas_fx.rules import Groups, Patterns, apply_rules
+from npas_fx.rules import Groups, apply_rules
 from npas_fx.solvers import Solver
 from npas_fx.verify import all_weights, generate
 from npas_fx.verify import verify as run_oracle

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +15,8 @@ from npas_fx.build import check_bank
 from npas_fx.errors import RuleError
 from npas_fx.generators import GENERATORS, Generator
 from npas_fx.ir import BankPlan, Inventory, Kept, Site, Size
+from npas_fx.patterns import Pattern, Patterns, find, match, near
 
-Pattern: TypeAlias = "str | re.Pattern[str]"
-Patterns: TypeAlias = "Pattern | Iterable[Pattern] | None"
 Groups: TypeAlias = "Sequence[Sequence[Pattern]] | None"
 
 EXCLUDED, NOT_INCLUDED = _BY_RULE = ("excluded", "not included")
@@ -103,9 +100,9 @@ def apply_rules(
     """
     names = inventory.names()
     kept = {item.name: item for item in inventory.kept}
-    excluded = _find(names, "exclude", exclude)
-    included = set(names.values()) if include is None else _find(names, "include", include)
-    private_names = _find(names, "keep_private", keep_private)
+    excluded = find(names, "exclude", exclude)
+    included = set(names.values()) if include is None else find(names, "include", include)
+    private_names = find(names, "keep_private", keep_private)
     sites = []
     for site in inventory.sites:
         if site.name in excluded:
@@ -151,43 +148,6 @@ def _keep(site: Site, reason: str) -> Kept:
     )
 
 
-def _find(names: dict[str, str], rule: str, patterns: Patterns) -> set[str]:
-    """Names of the parameters that any of the patterns matches."""
-    if patterns is None:
-        return set()
-    if isinstance(patterns, (str, re.Pattern)):
-        patterns = [patterns]
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"{rule}={patterns!r} is no name, glob, re.Pattern or list of these")
-    found: set[str] = set()
-    for pattern in patterns:
-        found |= _match(names, rule, pattern)
-    return found
-
-
-def _match(names: dict[str, str], rule: str, pattern: object) -> set[str]:
-    if isinstance(pattern, re.Pattern):
-        matches = [alias for alias in names if pattern.search(alias)]
-        shown = f"re.compile({pattern.pattern!r})"
-    elif isinstance(pattern, str):
-        # An exact name first: names of parameters may hold the characters of a glob.
-        exact = [pattern] if pattern in names else []
-        matches = exact or [alias for alias in names if fnmatch.fnmatchcase(alias, pattern)]
-        shown = repr(pattern)
-    else:
-        raise TypeError(f"{rule} holds {pattern!r}, which is no name, glob or re.Pattern")
-    if not matches:
-        text = pattern if isinstance(pattern, str) else pattern.pattern
-        raise RuleError(f"{rule}: {shown} matches no parameter of the model; {_near(text, names)}")
-    return {names[alias] for alias in matches}
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    return f"near names: {', '.join(map(repr, near)) or 'none, the model has no parameters'}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Weights:
     """What names in a rule stand for: any name -> the first one, and that -> kept or its index."""
@@ -222,7 +182,7 @@ def _find_groups(rule: str, groups: Groups, weights: _Weights) -> list[set[int]]
 
 
 def _find_members(rule: str, pattern: object, weights: _Weights) -> set[int]:
-    found = _match(weights.names, rule, pattern)
+    found = match(weights.names, rule, pattern)
     members = {weights.index[name] for name in found if name in weights.index}
     # A pattern may match biases on the way, which stay in any case; another rule contradicts.
     ruled_out = {
@@ -276,7 +236,7 @@ def _read_pin(
     for alias in bank.sites:
         if alias not in weights.names:
             raise RuleError(
-                f"{where}: the model has no weight {alias!r}; {_near(alias, weights.names)}"
+                f"{where}: the model has no weight {alias!r}; {near(alias, weights.names)}"
             )
         name = weights.names[alias]
         if name in weights.kept:
