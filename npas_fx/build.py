@@ -9,7 +9,7 @@ import torch
 from npas_fx.banks import Bank
 from npas_fx.errors import NPASError, PlanError
 from npas_fx.generators import Generator
-from npas_fx.generators.generator import num_parameters
+from npas_fx.generators.generator import num_parameters, shapes_of
 from npas_fx.ir import BankPlan, Inventory, Kept, Plan, Site
 
 
@@ -90,16 +90,11 @@ def check_bank(
     if len({(site.dtype, site.device) for site in sites}) > 1:
         found = ", ".join(f"{site.name} {site.dtype} {site.device}" for site in sites)
         raise error(f"{where}: a bank has one dtype and one device, but: {found}")
-    size, shapes = bank.size, [site.shape for site in sites]
-    largest = max(site.numel for site in sites)
-    if size.num_templates < 1 or not 1 <= size.template_size <= largest or size.num_partial < 0:
-        raise error(
-            f"{where}: {size} is no size; it takes at least one template of 1 to {largest} elements"
-        )
-    if bank.is_dedicated and (len(sites) > 1 or size.num_partial or size.template_size != largest):
-        raise error(f"{where}: a dedicated bank is exactly one weight")
-    if bank.generator == "tied" and (len(set(shapes)) > 1 or size.template_size != largest):
-        raise error(f"{where}: tied weights have one shape, {list(shapes)} differ")
+    size, shapes = bank.size, shapes_of(sites, generator)
+    is_negative = min(size.num_templates, size.template_size, size.num_partial, size.rank) < 0
+    wrong = "no field is negative" if is_negative else generator.refuse(shapes, size)
+    if wrong:
+        raise error(f"{where}: {size} is no size for {bank.generator}: {wrong}")
     owned = num_parameters(generator, shapes, size)
     for resource, amount in (
         ("parameters", owned),
@@ -133,6 +128,7 @@ def build_banks(
             generators[bank.generator],
             [sites[name].shape for name in bank.sites],
             bank.size,
+            parts=[(sites[name].num_parts, sites[name].parts_axis) for name in bank.sites],
             dtype=sites[bank.sites[0]].dtype,
             device=device or sites[bank.sites[0]].device,
             held_rows={

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from npas_fx.generators import Generator
-from npas_fx.generators.generator import num_parameters
+from npas_fx.generators.generator import num_parameters, shapes_of
 from npas_fx.ir import Candidate, Profile, Site, Size
 from npas_fx.ir.budget import Resource
 from npas_fx.propose import make_candidate
@@ -80,8 +80,9 @@ class _Filler:
         """Cost of one parameter in the budgeted resource."""
         return self.sites[bank.sites[0]].dtype.itemsize if self.resource == "bytes" else 1
 
-    def _shapes(self, bank: Candidate) -> list[tuple[int, ...]]:
-        return [self.sites[k].shape for k in bank.sites]
+    def _shapes(self, bank: Candidate) -> tuple[tuple[int, ...], ...]:
+        generator = self.generators[bank.generator]
+        return shapes_of([self.sites[k] for k in bank.sites], generator)
 
     def _resized(self, bank: Candidate, size: Size) -> Candidate:
         generator = self.generators[bank.generator]
@@ -100,7 +101,9 @@ class _Filler:
         if too_small:
             *_, index = max(options)
         bank = self.banks[index]
-        opened = self._resized(replace(bank, generator="wavg"), bank.size)
+        parts = self.sites[bank.sites[0]].part_shapes
+        whole = Size(num_templates=len(parts), template_size=math.prod(parts[0]))
+        opened = self._resized(replace(bank, generator="wavg"), whole)
         cost = (opened.parameters - bank.parameters) * self._unit(bank)
         if cost <= self.left:
             self.banks[index] = opened
@@ -149,7 +152,10 @@ class _Filler:
             if elements < 1:
                 continue
             size = replace(bank.size, num_partial=elements)
-            parameters = num_parameters(self.generators[bank.generator], self._shapes(bank), size)
+            generator, shapes = self.generators[bank.generator], self._shapes(bank)
+            if generator.refuse(shapes, size):
+                continue
+            parameters = num_parameters(generator, shapes, size)
             self.left -= (parameters - bank.parameters) * self._unit(bank)
             itemsize = self.sites[bank.sites[0]].dtype.itemsize
             self.banks[index] = replace(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from npas_fx.errors import NPASError
 from npas_fx.fill import fill
-from npas_fx.generators import GENERATORS, Generator
+from npas_fx.generators import DEFAULT_GENERATORS, GENERATORS, Generator
 from npas_fx.infeasible import say_infeasible
 from npas_fx.ir import BankPlan, Budget, Candidate, Certificate, Inventory, Plan, Profile
 from npas_fx.profiles import PROFILES
@@ -46,7 +46,7 @@ def make_plan(
         rules: the inventory and the user's rules.
         asked: the budget as the user wrote it.
         profile: name of a profile, or a function that makes one from the inventory.
-        generators: names or objects; by default all of ``GENERATORS``.
+        generators: names or objects; by default ``DEFAULT_GENERATORS``.
         solver: name of a solver, or the solver.
     """
     return make_frontier(rules, [asked], profile=profile, generators=generators, solver=solver)[0]
@@ -96,7 +96,7 @@ def make_frontier(
 
 def resolve_generators(generators: Sequence[str | Generator] | None) -> dict[str, Generator]:
     """Name -> generator, from names and objects; ``dedicated`` is always among them."""
-    given = list(GENERATORS.values()) if generators is None else generators
+    given = DEFAULT_GENERATORS if generators is None else generators
     resolved = [_named(generator, GENERATORS, "generator") for generator in given]
     return {"dedicated": GENERATORS["dedicated"], **{each.name: each for each in resolved}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from npas_fx.generators import Generator
-from npas_fx.generators.generator import Shapes, num_parameters
+from npas_fx.generators.generator import Mixture, Shapes, num_parameters, shapes_of
 from npas_fx.ir import Candidate, Profile, Site, Size
 from npas_fx.rules import Rules
 
@@ -61,8 +60,7 @@ class Option(NamedTuple):
     generator: str
     size: Size
     parameters: int
-    share: float
-    parts: float
+    mixture: Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Pricer:
     generators: Sequence[Generator]
     above: bool
     # Blocks are repeated, so most families have shapes that were seen before.
-    _options: dict[tuple[Shapes, float], tuple[Option, ...]] = field(
+    _options: dict[tuple[Hashable, float], tuple[Option, ...]] = field(
         default_factory=dict, init=False
     )
     _candidates: dict[tuple[Members, float], list[Candidate]] = field(
@@ -107,11 +105,14 @@ class Pricer:
 
     def options(self, members: Members, spacing: float) -> tuple[Option, ...]:
         """List the sizes of banks for these sites; see ``candidates``."""
-        shapes = tuple(self.rules.inventory.sites[k].shape for k in members)
-        key = shapes, spacing
+        sites = [self.rules.inventory.sites[k] for k in members]
+        key = tuple(site.part_shapes for site in sites), spacing
         if key not in self._options:
             options: list[Option] = []
             for generator in self.generators:
+                if generator.name == "tied" and len(sites) == 1:
+                    continue  # the parts of one fused weight would be copies of one another
+                shapes = shapes_of(sites, generator)
                 sizes = generator.propose(shapes, above=self.above)
                 each = [describe(generator, shapes, size) for size in sizes]
                 options += _spread(sorted(each, key=lambda o: o.parameters), spacing)
@@ -132,19 +133,17 @@ def make_candidate(
     members: Members, sites: Sequence[Site], generator: Generator, size: Size, profile: Profile
 ) -> Candidate:
     """Count and price one bank."""
-    option = describe(generator, tuple(sites[k].shape for k in members), size)
+    option = describe(generator, shapes_of([sites[k] for k in members], generator), size)
     return price_option(members, sites, option, profile)
 
 
 def describe(generator: Generator, shapes: Shapes, size: Size) -> Option:
     """Count one bank for weights of these shapes."""
-    numels = list(map(math.prod, shapes))
     return Option(
         generator=generator.name,
         size=size,
         parameters=num_parameters(generator, shapes, size),
-        share=size.num_templates * size.template_size / sum(numels),
-        parts=size.rows(numels) / len(numels),
+        mixture=generator.describe(shapes, size),
     )
 
 
@@ -154,7 +153,7 @@ def price_option(
     """Price a bank whose parameters are counted."""
     price = 0.0
     if option.generator != "dedicated":
-        price = profile.price(members, option.share, option.size.num_templates, option.parts)
+        price = profile.price(members, *option.mixture)
     return Candidate(
         sites=members,
         generator=option.generator,

@@ -21,6 +21,8 @@ EMERGENCY = 600.0
 # Of more sites than this, multipliers come from clustering trees: of 10,000 sites the linear
 # relaxation took GLOP 114 s and HiGHS's interior points more than 150 s, and trees 30 s.
 MOST_RELAXED = 3000
+# Their bounds are looser, and the last tenths of a percent take longer than all before.
+CLOSE_ENOUGH_OF_MANY = 2e-3
 # What the relaxation takes more of than this, it takes; up to 1 less this, it takes in part.
 TAKEN = 1e-6
 # Of sites that the relaxation covers in parts, a search is among so many candidates each. With none
@@ -150,6 +152,8 @@ def _search(
         relaxation = approximate(program)
         covers = [*known, *_whole(program, relaxation)]
         relaxation = _relax_few(program, relaxation, clock)
+        if limits.close_enough:
+            limits = replace(limits, close_enough=max(limits.close_enough, CLOSE_ENOUGH_OF_MANY))
     bound, work, is_reproducible = relaxation.bound, 0.0, relaxation.is_reproducible
     is_near = _near_relaxation(program, relaxation)
     is_infeasible = not program.coverage(range(len(program.price))).all()

@@ -49,7 +49,14 @@ class Eigenvalues:
     def _spectra(self) -> dict[tuple[int, ...], tuple[list[float], float, float]]:
         return {}
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """Price of a bank, whatever its weights have of their own."""
         left, conflict, importance = self._spectrum(tuple(sites))
         if share >= 1:

@@ -89,7 +89,14 @@ class Proportional:
         """Not used, since the groups are given."""
         return np.zeros((len(self.inventory.sites),) * 2)
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """Quadratic in the missing share, so that equal shares are cheapest."""
         numel = sum(self.inventory.sites[k].numel for k in sites)
         total = sum(site.numel for site in self.inventory.sites)
@@ -124,7 +131,14 @@ class Drawn:
         np.fill_diagonal(symmetric, 0)
         return symmetric
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """A random factor of the bank, times what each of its sites shares."""
         reuse = max(-math.log(share), 1e-9)
         own = math.exp(np.random.default_rng([self.seed, 1, *sites]).normal() / 2)

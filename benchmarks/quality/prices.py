@@ -34,7 +34,14 @@ class Missing:
         count = len(self.inventory.sites)
         return np.ones((count, count)) - np.eye(count)
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """Price of a bank that owns ``share`` of the parameters of its sites."""
         total = sum(site.numel for site in self.inventory.sites)
         part = sum(self.inventory.sites[k].numel for k in sites) / total

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
+from npas_fx.errors import NPASError
 from npas_fx.generators.dedicated import Dedicated
-from npas_fx.generators.generator import Generator, Moments, Tensors
+from npas_fx.generators.generator import Generator, Mixture, Moments, Tensors
 from npas_fx.generators.tied import Tied
 from npas_fx.generators.wavg import WeightedAverage
 
-GENERATORS: Mapping[str, Generator] = {
-    "dedicated": Dedicated(),
-    "tied": Tied(),
-    "wavg": WeightedAverage(),
-}
+# What the planner may choose from where the user does not say: docs/evidence.md.
+DEFAULT_GENERATORS = ("dedicated", "tied", "wavg")
 
-__all__ = ["GENERATORS", "Generator", "Moments", "Tensors"]
+_BUILT_IN: tuple[Generator, ...] = (Dedicated(), Tied(), WeightedAverage())
+_registered: dict[str, Generator] = {generator.name: generator for generator in _BUILT_IN}
+
+# All that plans may name -> the generator.
+GENERATORS: Mapping[str, Generator] = MappingProxyType(_registered)
+
+
+def register_generator(generator: Generator) -> None:
+    """Let plans name a generator: ``generators=["name"]``, and in files that are applied or loaded.
+
+    It is not among those that are used by default.
+
+    Args:
+        generator: of a name of its own; one that was registered before is replaced.
+
+    Raises:
+        NPASError: the name is that of a built-in generator, or empty.
+    """
+    if not generator.name or any(generator.name == built_in.name for built_in in _BUILT_IN):
+        raise NPASError(
+            f"{generator.name!r} cannot be the name of a generator of yours; choose another"
+        )
+    _registered[generator.name] = generator
+
+
+__all__ = [
+    "DEFAULT_GENERATORS",
+    "GENERATORS",
+    "Generator",
+    "Mixture",
+    "Moments",
+    "Tensors",
+    "register_generator",
+]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
 from npas_fx.ir import Size
 
 
@@ -22,9 +22,23 @@ class Dedicated:
         if len(shapes) == 1:
             yield Size(num_templates=1, template_size=math.prod(shapes[0]))
 
+    def refuse(self, shapes: Shapes, size: Size) -> str | None:
+        """It is exactly one weight."""
+        if len(shapes) == 1 and size == Size(num_templates=1, template_size=math.prod(shapes[0])):
+            return None
+        return "a dedicated bank is exactly one weight, as one template without a partial one"
+
     def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
         """There is one size only."""
         return None
+
+    def describe(self, shapes: Shapes, size: Size) -> Mixture:
+        """Nothing is shared."""
+        return Mixture(share=1.0, templates=1, parts=1)
+
+    def flops(self, shapes: Shapes, size: Size) -> int:
+        """None."""
+        return 0
 
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """The weight itself."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from npas_fx.ir import Size
+from npas_fx.ir import Site, Size
 
 Shapes: TypeAlias = Sequence[tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -37,21 +37,56 @@ class Moments:
         return cls(mean=mean.item(), std=std.item())
 
 
+class Mixture(NamedTuple):
+    """How much a bank shares, as far as prices ask; see ``Profile.price``.
+
+    Attributes:
+        share: parameters that the weights are made of, as a share of their elements.
+        templates: that each part of a weight is mixed from.
+        parts: that a weight is cut into, each with coefficients of its own; a mean over weights.
+        rank: of a generated weight at most, as a matrix with a row for each output; None where
+            only the number of parameters limits it.
+    """
+
+    share: float
+    templates: float
+    parts: float
+    rank: int | None = None
+
+
 class Generator(Protocol):
-    """A rule from the tensors of a bank to the weights of its sites."""
+    """A rule from the tensors of a bank to the weights of its sites.
+
+    A fused weight, such as that of a q/k/v projection, is several weights to a generator: its parts
+    come one after the other in ``shapes``.
+    """
 
     name: str
 
     def propose(self, shapes: Shapes, *, above: bool) -> Iterator[Size]:
-        """Yield sizes that a bank for weights of these shapes may have.
+        """Yield sizes that a bank for weights of these shapes may have; none if it cannot.
 
         Args:
             shapes: of the weights.
             above: whether banks larger than their weights are wanted too.
         """
 
+    def refuse(self, shapes: Shapes, size: Size) -> str | None:
+        """Say what is wrong with a bank of this size for these weights; None if nothing is.
+
+        Args:
+            shapes: of the weights.
+            size: perhaps written by hand. No field is negative.
+        """
+
     def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
         """Find the next larger size that costs at most so many parameters more, if there is one."""
+
+    def describe(self, shapes: Shapes, size: Size) -> Mixture:
+        """Describe the bank to those who price it."""
+
+    def flops(self, shapes: Shapes, size: Size) -> int:
+        """Count the multiplications and additions that generating all weights once takes."""
 
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """Name of each trainable tensor that the bank owns -> its shape."""
@@ -70,9 +105,16 @@ class Generator(Protocol):
         """
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
-        """Generate the weights of all sites, but for their offsets, in the dtype of the tensors."""
+        """Generate all weights, but for their offsets, in the dtype of the tensors."""
 
 
 def num_parameters(generator: Generator, shapes: Shapes, size: Size) -> int:
     """Count the trainable parameters of a bank, exactly."""
     return sum(math.prod(shape) for shape in generator.parameters(shapes, size).values())
+
+
+def shapes_of(sites: Sequence[Site], generator: Generator) -> tuple[tuple[int, ...], ...]:
+    """List the shapes that a generator sees: of the parts of fused weights, if it generates any."""
+    if generator.name == "dedicated":
+        return tuple(site.shape for site in sites)
+    return tuple(shape for site in sites for shape in site.part_shapes)

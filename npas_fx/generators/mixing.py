@@ -1,26 +1,24 @@
-"""Mix templates into weights; what ``tied`` and ``wavg`` have in common."""
+"""Mix templates into weights: what most generators have in common."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.generators.birth import (
+    PLAIN,
+    constant,
+    draw_normal,
+    match_moments,
+    typical_std,
+)
+from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
 from npas_fx.ir import Size
-
-# A generated weight may miss the mean of the one it replaces by this many standard deviations
-# before an offset mends it: adding one costs a pass over the weight at each forward, and the mean
-# of a large random weight is off by less anyway.
-MEAN_TOLERANCE = 0.02
-
-# The same seed draws the same bank whatever defaults of dtype and device the program has set; of
-# half precision there is not even a QR decomposition.
-_PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 def mix(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
@@ -139,6 +137,29 @@ def constant_shapes(shapes: Shapes, size: Size) -> dict[str, tuple[int, ...]]:
     return {"partial_coefficients": (num_rows(shapes, size), size.partial_rows)}
 
 
+def describe(shapes: Shapes, size: Size) -> Mixture:
+    """Describe a bank that mixes templates tile by tile."""
+    total = sum(map(math.prod, shapes))
+    return Mixture(
+        share=size.num_templates * size.template_size / total,
+        templates=size.num_templates,
+        parts=num_rows(shapes, size) / len(shapes),
+    )
+
+
+def count_flops(shapes: Shapes, size: Size) -> int:
+    """Multiplications and additions of mixing all weights once."""
+    return 2 * sum(map(math.prod, shapes)) * (size.num_templates + size.partial_rows)
+
+
+def refuse(shapes: Shapes, size: Size) -> str | None:
+    """Say what is wrong with a bank that mixes templates tile by tile; None if nothing is."""
+    largest = max(map(math.prod, shapes))
+    if size.num_templates < 1 or not 1 <= size.template_size <= largest:
+        return f"it takes at least one template of 1 to {largest} elements"
+    return "it has no rank of its own" if size.rank else None
+
+
 def num_rows(shapes: Shapes, size: Size) -> int:
     """Count the tiles of all sites."""
     return size.rows([math.prod(shape) for shape in shapes])
@@ -153,19 +174,47 @@ def mix_sites(tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...
         shapes: of the weights.
         size: of the bank.
     """
-    tiles = [size.tiles(math.prod(shape)) for shape in shapes]
+    tiles = tiles_of(shapes, size)
     templates, gain = tensors["templates"], tensors["gain"]
     coefficients = tensors.get("coefficients")
     if coefficients is None:
         coefficients = templates.new_ones(sum(tiles), size.num_templates)
     if size.num_partial:
-        missing = size.partial_rows * size.template_size - size.num_partial
-        partial = functional.pad(tensors["partial"], (0, missing))
-        templates = torch.cat([templates, partial.view(size.partial_rows, size.template_size)])
+        templates = torch.cat([templates, _partial_templates(tensors, size)])
         coefficients = torch.cat([coefficients, tensors["partial_coefficients"]], dim=1)
     if len(tiles) < sum(tiles):
         gain = _for_tiles(gain, tiles)
     return mix(templates, gain[:, None] * coefficients, shapes)
+
+
+def add_partial(
+    weights: Sequence[Tensor], tensors: Tensors, shapes: Shapes, size: Size
+) -> tuple[Tensor, ...]:
+    """Add the partial template, where there is one, to weights that are made in another way.
+
+    Args:
+        weights: of the sites.
+        tensors: with ``gain``, and what ``draw_partial`` draws.
+        shapes: of the weights.
+        size: of the bank; its templates are as long as the longest tile of the partial one.
+    """
+    if not size.num_partial:
+        return tuple(weights)
+    gain = _for_tiles(tensors["gain"], tiles_of(shapes, size))
+    constants = gain[:, None] * tensors["partial_coefficients"]
+    more = mix(_partial_templates(tensors, size), constants, shapes)
+    return tuple(weight + addend for weight, addend in zip(weights, more, strict=True))
+
+
+def _partial_templates(tensors: Tensors, size: Size) -> Tensor:
+    missing = size.partial_rows * size.template_size - size.num_partial
+    partial = functional.pad(tensors["partial"], (0, missing))
+    return partial.view(size.partial_rows, size.template_size)
+
+
+def tiles_of(shapes: Shapes, size: Size) -> list[int]:
+    """Number of tiles of each weight."""
+    return [size.tiles(math.prod(shape)) for shape in shapes]
 
 
 def _for_tiles(value: Tensor, tiles: Sequence[int]) -> Tensor:
@@ -178,59 +227,44 @@ def draw(
     size: Size,
     moments: Sequence[Moments],
     random: torch.Generator,
-    *,
-    has_coefficients: bool,
+    draw_coefficients: Callable[[], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Draw a new bank whose weights have the given moments.
 
-    The templates have the typical standard deviation of the weights and the rows of coefficients
-    have norm 1 (they are orthonormal where there are at least as many templates as tiles), so the
-    gains are close to 1 and a step of SGD moves a generated weight about as far as a plain one. A
-    constant weight has its constant as offset; its coefficients (without these, its gain) are zero.
-    The partial template starts at zero.
+    The templates have the typical standard deviation of the weights, so where the rows of
+    coefficients have norm 1, gains are close to 1 and a step of SGD moves a generated weight about
+    as far as a plain one. The partial template starts at zero.
+
+    Args:
+        shapes: of the weights.
+        size: of the bank.
+        moments: that the weights shall have.
+        random: draws.
+        draw_coefficients: ``(R, K)``, to be trained; those of constant weights are then set to
+            zero. Without, all are 1, gains are trained and constant weights have one of zero.
     """
-    std = math.sqrt(sum(m.std**2 for m in moments) / len(moments)) or 1.0
-    tiles = [size.tiles(math.prod(shape)) for shape in shapes]
-    tensors = {
-        "templates": _normal(size.num_templates, size.template_size, random) * std,
-        "gain": torch.ones(len(shapes), **_PLAIN),
-        "offset": torch.zeros(len(shapes), **_PLAIN),
-    }
-    if has_coefficients:
-        tensors["coefficients"] = _draw_rows(sum(tiles), size.num_templates, random)
-    if size.num_partial:
-        tensors["partial"] = torch.zeros(1, size.num_partial, **_PLAIN)
-        constants = _normal(sum(tiles), size.partial_rows, random)
-        tensors["partial_coefficients"] = functional.normalize(constants, dim=1)
-    weights = mix_sites(tensors, shapes, size)
-    last = 0
-    for site, (wanted, weight) in enumerate(zip(moments, weights, strict=True)):
-        first, last = last, last + tiles[site]
-        if wanted.std == 0:
-            tensors["offset"][site] = wanted.mean
-            if has_coefficients:
-                tensors["coefficients"][first:last] = 0
-            else:
-                tensors["gain"][site] = 0
-            continue
-        drawn = Moments.of(weight)
-        gain = wanted.std / drawn.std
-        tensors["gain"][site] = gain
-        missing = wanted.mean - gain * drawn.mean
-        if abs(missing) > MEAN_TOLERANCE * wanted.std:
-            tensors["offset"][site] = missing
+    tensors = {"templates": draw_normal(size.num_templates, size.template_size, random)}
+    tensors["templates"] *= typical_std(moments)
+    if draw_coefficients is not None:
+        tensors["coefficients"] = draw_coefficients()
+    tensors |= draw_partial(shapes, size, random)
+    weights = mix_sites({**tensors, "gain": torch.ones(len(shapes), **PLAIN)}, shapes, size)
+    tensors["gain"], tensors["offset"] = match_moments(weights, moments)
+    rows = torch.arange(len(shapes)).repeat_interleave(torch.tensor(tiles_of(shapes, size)))
+    for k in constant(moments):
+        if draw_coefficients is None:
+            tensors["gain"][k] = 0
+        else:
+            tensors["coefficients"][rows == k] = 0
     return tensors
 
 
-def _normal(rows: int, columns: int, random: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=random, **_PLAIN)
-
-
-def _draw_rows(rows: int, columns: int, random: torch.Generator) -> Tensor:
-    drawn = _normal(rows, columns, random)
-    if columns == 1:
-        return drawn if rows > 1 else torch.ones_like(drawn)  # of norm 1, tiles would be copies
-    if rows <= columns:
-        orthonormal: Tensor = torch.linalg.qr(drawn.T)[0].T.contiguous()
-        return orthonormal
-    return functional.normalize(drawn, dim=1)
+def draw_partial(shapes: Shapes, size: Size, random: torch.Generator) -> dict[str, Tensor]:
+    """Draw the partial template, where there is one: zeros, and coefficients of norm 1."""
+    if not size.num_partial:
+        return {}
+    constants = draw_normal(num_rows(shapes, size), size.partial_rows, random)
+    return {
+        "partial": torch.zeros(1, size.num_partial, **PLAIN),
+        "partial_coefficients": functional.normalize(constants, dim=1),
+    }

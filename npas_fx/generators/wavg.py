@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from npas_fx.generators import mixing
-from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.generators.birth import draw_rows
+from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
 from npas_fx.ir import Size
 
 # Mixing K templates costs K multiplications for each generated element; the reference stops at 8.
@@ -62,6 +63,10 @@ class WeightedAverage:
             if size.template_size <= largest:
                 yield size
 
+    def refuse(self, shapes: Shapes, size: Size) -> str | None:
+        """Templates are no longer than the largest weight."""
+        return mixing.refuse(shapes, size)
+
     def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
         """Make tiles longer by a twentieth or what is affordable; at their longest, add templates.
 
@@ -80,6 +85,14 @@ class WeightedAverage:
         more = min(affordable, max(1, size.num_templates // 20))
         return replace(size, num_templates=size.num_templates + more) if more else None
 
+    def describe(self, shapes: Shapes, size: Size) -> Mixture:
+        """Each tile is mixed from all templates."""
+        return mixing.describe(shapes, size)
+
+    def flops(self, shapes: Shapes, size: Size) -> int:
+        """Two for each template and element."""
+        return mixing.count_flops(shapes, size)
+
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """``templates (K, P)``, ``coefficients (R, K)``, and ``partial (1, r)`` if there is one."""
         coefficients = (mixing.num_rows(shapes, size), size.num_templates)
@@ -93,7 +106,13 @@ class WeightedAverage:
         self, shapes: Shapes, size: Size, moments: Sequence[Moments], random: torch.Generator
     ) -> dict[str, Tensor]:
         """Draw templates and coefficients; see ``mixing.draw``."""
-        return mixing.draw(shapes, size, moments, random, has_coefficients=True)
+        return mixing.draw(
+            shapes,
+            size,
+            moments,
+            random,
+            lambda: draw_rows(mixing.num_rows(shapes, size), size.num_templates, random),
+        )
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
         """Mix all tiles of all sites in one product."""

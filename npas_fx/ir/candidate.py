@@ -44,7 +44,14 @@ class Profile(Protocol):
     def distance(self) -> npt.NDArray[np.float64]:
         """``(S, S)``, how unlike the ideal weights of two sites are; symmetric."""
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """Price of a bank.
 
         Args:
@@ -53,4 +60,5 @@ class Profile(Protocol):
             templates: that each part of a weight is mixed from; 1 for weights that are one and the
                 same up to a factor.
             parts: that a weight is cut into, each with coefficients of its own, a mean over sites.
+            rank: that a weight of the bank can have at most, where its generator limits it.
         """

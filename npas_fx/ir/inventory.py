@@ -36,6 +36,9 @@ class Site:
         depth: where it is read, 0 at the input, 1 at the output.
         uses: how many operations read it.
         held_row: the padding row of an embedding, whose value stays as it is; None without one.
+        num_parts: weights of equal shape that a fused one is made of, such as those of a q/k/v
+            projection; generators see each by itself.
+        parts_axis: along which these lie.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Site:
     depth: float
     uses: int
     held_row: int | None = None
+    num_parts: int = 1
+    parts_axis: int = 0
 
     @property
     def numel(self) -> int:
@@ -58,6 +63,13 @@ class Site:
     def num_bytes(self) -> int:
         """Number of bytes."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each weight that this one is made of; its own where it is not fused."""
+        shape, axis = self.shape, self.parts_axis
+        part = (*shape[:axis], shape[axis] // self.num_parts, *shape[axis + 1 :])
+        return (part,) * self.num_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,13 @@ class Size:
         template_size: elements of one template, and of one tile.
         num_partial: elements of the partial template, whose coefficients are constants; more than
             ``template_size`` of them go on in a further row.
+        rank: of the matrix that each weight owns beside the templates, where the generator has one.
     """
 
     num_templates: int
     template_size: int
     num_partial: int = 0
+    rank: int = 0
 
     def tiles(self, numel: int) -> int:
         """Number of tiles that a weight of ``numel`` elements is cut into."""

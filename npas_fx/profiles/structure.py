@@ -94,7 +94,8 @@ class StructureProfile:
                                       + alone / (q * k)**2 * (d_i + u_i)))
 
     with the importance ``e`` of the sites (in all summing to 1); the ranks that the weight can
-    have, ``R_i`` by its shape, and ``r_i``, as many times less as ``P`` is smaller than it; how far
+    have, ``R_i`` by its shape, and ``r_i``, as many times less as ``P`` is smaller than it, or as
+    the generator allows it; how far
     ``i`` is from the sites of the bank in depth, ``d_i``, and how unlike them, ``u_i``, means
     weighted by their importance; and ``q`` parts of a weight that are mixed from ``k`` templates.
 
@@ -134,7 +135,14 @@ class StructureProfile:
     def _banks(self) -> dict[tuple[int, ...], _Bank]:
         return {}
 
-    def price(self, sites: Sequence[int], share: float, templates: int, parts: float) -> float:
+    def price(
+        self,
+        sites: Sequence[int],
+        share: float,
+        templates: float,
+        parts: float,
+        rank: int | None = None,
+    ) -> float:
         """Price of a bank; see ``Profile.price``."""
         bank, assumed = self._describe(tuple(sites)), self.assumptions
         if share > 1:
@@ -147,6 +155,10 @@ class StructureProfile:
         owned = share * bank.numel
         larger = bisect_left(bank.less_elements, -owned)  # this many sites are
         lost = bank.lost_roots[larger] / math.sqrt(owned) - bank.lost[larger]
+        if rank is not None:
+            full = self.full_rank[np.array(sites)]
+            cut = np.minimum(rank, full) ** -0.5 - full**-0.5
+            lost = max(lost, float(self.importance[np.array(sites)] @ cut))
         alone = assumed.alone / (templates * parts) ** 2
         apart = (
             (assumed.depth + alone) * bank.far

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from npas_fx.generators import GENERATORS, Moments
+from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
-from npas_fx.generators.mixing import MEAN_TOLERANCE, mix
+from npas_fx.generators.mixing import mix
 from npas_fx.ir import Size
 
 SHAPES = [(6, 4), (3, 4), (2, 2, 3), (24,)]
