@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -112,6 +112,11 @@ def transform(
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
 
+    # Where verification makes the module be captured again, the rules are read again.
+    include, exclude, keep_private = map(_hold, (include, exclude, keep_private))
+    same_bank, different_bank, pin = map(_hold, (same_bank, different_bank, pin))
+    generators = _hold(generators)
+
     def make(options: EmitOptions) -> EmittedModule:
         captured = _capture(model, example_inputs, example_kwargs, more_examples, options)
         rules = apply_rules(
@@ -130,6 +135,13 @@ def transform(
 
     examples = (example_inputs, example_kwargs, more_examples) if verify else _NO_EXAMPLES
     return _make_verified(make, model, examples, seed, EmitOptions(emit=emit, on_guard=on_guard))
+
+
+def _hold(given: Any) -> Any:
+    """Read iterators to the end, those in a list or tuple too; all else stays as it is."""
+    if isinstance(given, Iterator):
+        given = list(given)
+    return [_hold(each) for each in given] if type(given) in (list, tuple) else given
 
 
 def plan(

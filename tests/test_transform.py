@@ -552,6 +552,21 @@ def test_where_a_graph_is_wrong_the_code_is_called(on_guard, tmp_path):
     torch.testing.assert_close(loaded(other), shared(other), rtol=0, atol=0)
 
 
+def test_rules_from_iterators_hold_when_the_model_is_captured_again():
+    model, batch = LooksAtItsType(), {"x": torch.randn(4, 6)}
+    with pytest.warns(npas_fx.CaptureWarning, match="outputs in train mode"):
+        shared = npas_fx.transform(
+            model,
+            0.9,
+            example_inputs=(batch,),
+            exclude=(name for name in ["a.weight"]),
+            generators=iter(["wavg"]),
+        )
+    plan = npas_fx.plan_of(shared)
+    assert plan.kept["a.weight"] == "excluded"
+    assert plan.banks[0].generator == "wavg"
+
+
 class Blocks(nn.Module):
     """Hands its dict to blocks of the classes given, between two plain layers."""
 

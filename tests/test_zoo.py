@@ -33,7 +33,7 @@ BUDGETS = (0.1, 0.5, 1.0, 2.0)
 MARKS = {
     **dict.fromkeys(("resnet50", "densenet121"), pytest.mark.zoo),
     **dict.fromkeys(("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"), pytest.mark.slow),
-    **dict.fromkeys(("efficientnet_b0", "hrnet_w18_small"), pytest.mark.slow),
+    **dict.fromkeys(("efficientnet_b0", "hrnet_w18_small", "regnety_002"), pytest.mark.slow),
 }
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
