@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from npas_fx.generators import GENERATORS
+from npas_fx.generators import DEFAULT_GENERATORS, GENERATORS
 from npas_fx.passes.capture import capture
 from npas_fx.planning import make_plan
 from npas_fx.profiles.structure import profile_structure
@@ -87,7 +87,7 @@ def ask_for_everything(rules: Rules) -> PlanningProblem:
     pricer = Pricer(
         rules=rules,
         profile=profile_structure(rules.inventory),
-        generators=tuple(GENERATORS.values()),
+        generators=tuple(GENERATORS[name] for name in DEFAULT_GENERATORS),
         above=False,
     )
     candidates = [

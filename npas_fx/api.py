@@ -15,7 +15,8 @@ from npas_fx import storage
 from npas_fx.build import build_banks, check_plan, give_birth
 from npas_fx.errors import CaptureWarning, NPASError, PlanError, VerificationError
 from npas_fx.find_wrong import find_wrong_modules
-from npas_fx.generators import Generator
+from npas_fx.generators import GENERATORS, Generator
+from npas_fx.generators.generator import TEMPLATE_NAMES
 from npas_fx.ir import BankPlan, Inventory, Plan
 from npas_fx.passes.capture import Capture, capture
 from npas_fx.passes.emit import emit as emit_module
@@ -25,7 +26,13 @@ from npas_fx.passes.rebinding import carry_buffers, names_set_by_calls
 from npas_fx.passes.refuse_models import refuse_changes_by_train
 from npas_fx.passes.skeleton import clone, copy_with, device_of, empty_like
 from npas_fx.patterns import Patterns
-from npas_fx.planning import Profiler, make_frontier, make_plan, resolve_generators
+from npas_fx.planning import (
+    Profiler,
+    make_frontier,
+    make_plan,
+    nameable_generators,
+    resolve_generators,
+)
 from npas_fx.rules import Groups, apply_rules
 from npas_fx.solvers import Solver
 from npas_fx.verify import all_weights, generate
@@ -84,7 +91,8 @@ def transform(
         pin: banks of an earlier plan, perhaps edited; the plan has each of them as it is, with its
             weights, generator and size.
         profile: name of a profile, or a function from an inventory to a profile.
-        generators: names or objects of the generators that banks may follow; by default all.
+        generators: names or objects of the generators that banks may follow; by default those in
+            ``npas_fx.generators.DEFAULT_GENERATORS``.
         solver: name of a solver, or a function from a planning problem to a selection.
         emit: ``"graph"`` for one small module that runs the captured graph, or ``"module"`` for an
             instance of the model's own class: its methods, attributes and ``isinstance`` work, and
@@ -111,7 +119,6 @@ def transform(
 
     Source: Plummer et al., Neural Parameter Allocation Search, ICLR 2022.
     """
-
     # Where verification makes the module be captured again, the rules are read again.
     include, exclude, keep_private = map(_hold, (include, exclude, keep_private))
     same_bank, different_bank, pin = map(_hold, (same_bank, different_bank, pin))
@@ -128,13 +135,17 @@ def transform(
             different_bank=different_bank,
             max_banks=max_banks,
             pin=pin,
-            generators=resolve_generators(generators),
+            generators=_pinnable(generators),
         )
         chosen = make_plan(rules, budget, profile=profile, generators=generators, solver=solver)
         return _emit(model, captured, chosen, generators, seed, options)
 
     examples = (example_inputs, example_kwargs, more_examples) if verify else _NO_EXAMPLES
     return _make_verified(make, model, examples, seed, EmitOptions(emit=emit, on_guard=on_guard))
+
+
+def _pinnable(generators: Sequence[str | Generator] | None) -> Mapping[str, Generator]:
+    return GENERATORS if generators is None else resolve_generators(generators)
 
 
 def _hold(given: Any) -> Any:
@@ -235,7 +246,7 @@ def plan_frontier(
         different_bank=different_bank,
         max_banks=max_banks,
         pin=pin,
-        generators=resolve_generators(generators),
+        generators=_pinnable(generators),
     )
     return make_frontier(rules, budgets, profile=profile, generators=generators, solver=solver)
 
@@ -291,7 +302,7 @@ def apply(
         example_inputs: as for ``transform``.
         example_kwargs: as for ``transform``.
         more_examples: as for ``transform``.
-        generators: those of the plan that are not built in.
+        generators: those of the plan that are neither built in nor registered.
         emit: as for ``transform``; the same for the plan.
         on_guard: likewise.
         verify: as for ``transform``.
@@ -385,7 +396,7 @@ def _emit(
     seed: int,
     options: EmitOptions,
 ) -> EmittedModule:
-    known = resolve_generators(generators)
+    known = nameable_generators(generators)
     check_plan(plan, captured.inventory, known)
     if any(tensor.is_meta for tensor in model.parameters()):
         raise PlanError(
@@ -511,7 +522,7 @@ def load(
         example_inputs: in place of those in the folder; needed where it does not hold them.
         example_kwargs: likewise; what of the two is not passed then is not in the example.
         more_examples: likewise; of the same form.
-        generators: those of the plan that are not built in.
+        generators: those of the plan that are neither built in nor registered.
 
     Returns:
         The emitted module, bit for bit, in the modes of ``model``, on its device (a model on the
@@ -532,7 +543,7 @@ def load(
     inputs = storage.read_inputs(folder, passed, device_of(_refuse_emitted(model)))
     captured = _capture(model, **inputs, options=options)
     storage.check_report(folder, captured)
-    known = resolve_generators(generators)
+    known = nameable_generators(generators)
     check_plan(read, captured.inventory, known)
     shared = {name for bank in read.banks if not bank.is_dedicated for name in bank.sites}
 
@@ -558,19 +569,22 @@ def param_groups(shared: nn.Module, lr: float, weight_decay: float) -> list[dict
         weight_decay: of templates and of all plain parameters.
 
     Returns:
-        Groups named ``banks`` (templates), ``coefficients`` (with gains; no weight decay, which
-        would pull the weights that they mix towards zero twice) and ``rest`` (the parameters that
-        the model itself had); each trainable parameter is in exactly one, empty groups are left
-        out.
+        Groups named ``banks`` (templates), ``coefficients`` (all else of banks, gains too; no
+        weight decay, which would pull the weights that they mix towards zero twice) and ``rest``
+        (the parameters that the model itself had); each trainable parameter is in exactly one,
+        empty groups are left out.
     """
     emitted = _unwrap(shared)
     prefix = f"{emission_of(emitted).banks}."
     groups: dict[str, list[nn.Parameter]] = {"banks": [], "coefficients": [], "rest": []}
     for name, parameter in emitted.named_parameters():
         if parameter.requires_grad:
-            is_template = name.rpartition(".")[2] in ("templates", "partial")
-            kind = "rest" if not name.startswith(prefix) else "banks" if is_template else None
-            groups[kind or "coefficients"].append(parameter)
+            if not name.startswith(prefix):
+                kind = "rest"
+            else:
+                is_template = name.rpartition(".")[2].startswith(TEMPLATE_NAMES)
+                kind = "banks" if is_template else "coefficients"
+            groups[kind].append(parameter)
     return [
         {
             "params": parameters,

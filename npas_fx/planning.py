@@ -101,6 +101,11 @@ def resolve_generators(generators: Sequence[str | Generator] | None) -> dict[str
     return {"dedicated": GENERATORS["dedicated"], **{each.name: each for each in resolved}}
 
 
+def nameable_generators(generators: Sequence[str | Generator] | None) -> dict[str, Generator]:
+    """Name -> generator, of all that a plan or pin may name: those given and all registered."""
+    return {**GENERATORS, **resolve_generators(generators)}
+
+
 def _named(value: str | _T, known: Mapping[str, _T], what: str) -> _T:
     if not isinstance(value, str):
         return value

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from npas_fx.generators import Generator
+from npas_fx.generators import GENERATORS, Generator
 from npas_fx.generators.generator import Mixture, Shapes, num_parameters, shapes_of
 from npas_fx.ir import Candidate, Profile, Site, Size
 from npas_fx.rules import Rules
@@ -121,7 +121,7 @@ class Pricer:
 
     def pinned(self) -> list[Candidate]:
         """The banks that the user pinned."""
-        known = {generator.name: generator for generator in self.generators}
+        known = {**GENERATORS, **{generator.name: generator for generator in self.generators}}
         sites = self.rules.inventory.sites
         return [
             make_candidate(pin.sites, sites, known[pin.generator], pin.size, self.profile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from npas_fx.generators import GENERATORS
 from quality.records import Run, write_options
 from quality.tasks import find_recipe
 
@@ -120,6 +121,17 @@ def list_generators(task: str) -> Iterator[Run]:
                 yield _make_like_ours("generators", task, "ours", budget, seed, **options)
 
 
+def list_each_generator(task: str) -> Iterator[Run]:
+    """Each generator by itself; at 100 % all of them give the plain network."""
+    names = [name for name in GENERATORS if name != "dedicated"]
+    for budget in (*BELOW, 2.0):
+        for name in names:
+            yield _make_like_ours(
+                "each_generator", task, "ours", budget, TRIAL_SEEDS[0], generator=name
+            )
+    yield _make_like_ours("each_generator", task, "plain", 1.0, TRIAL_SEEDS[0])
+
+
 def list_templates(task: str) -> Iterator[Run]:
     """Few templates for few weights, or many for many: the same number of parameters."""
     for seed in TRIAL_SEEDS:
@@ -217,6 +229,7 @@ LISTS: Mapping[str, Callable[[str], Iterator[Run]]] = {
     "trials": list_trials,
     "coefficients": list_coefficients,
     "generators": list_generators,
+    "each_generator": list_each_generator,
     "templates": list_templates,
     "above": list_above,
     "prices": list_prices,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 import npas_fx
+from npas_fx.generators import GENERATORS
+from npas_fx.generators.generator import shapes_of
 from npas_fx.ir import Inventory, Plan, Site
 from npas_fx.ir.size import Size
 
@@ -73,7 +75,7 @@ def shuffle_groups(groups: Groups, number: int, seed: int) -> list[list[str]]:
     return [[names[k] for k in part] for part in np.array_split(order, number) if len(part)]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Proportional:
     """A profile by which every bank should own the same share of its weights."""
 
@@ -105,7 +107,7 @@ class Proportional:
         return max(numel / total * (1 - share) ** 2, 1e-9)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Drawn:
     """A profile that prices at random, so that the best plan is a random one.
 
@@ -151,7 +153,9 @@ class Drawn:
 
 
 def describe_plan(plan: Plan, inventory: Inventory) -> str:
-    """Write the banks as JSON: numbers of sites, generator, templates, their size, the partial.
+    """Write the banks as JSON: numbers of sites, generator, and the fields of the size.
+
+    A rank of 0 is left out.
 
     Short enough for a cell of a table; ``Plan.to_json`` writes all, names and certificate too.
     """
@@ -163,6 +167,7 @@ def describe_plan(plan: Plan, inventory: Inventory) -> str:
             bank.size.num_templates,
             bank.size.template_size,
             bank.size.num_partial,
+            *([bank.size.rank] if bank.size.rank else []),
         ]
         for bank in plan.banks
     ]
@@ -171,19 +176,18 @@ def describe_plan(plan: Plan, inventory: Inventory) -> str:
 
 def read_banks(described: str) -> Iterable[tuple[tuple[int, ...], str, Size]]:
     """Read what ``describe_plan`` wrote: sites, generator and size of each bank."""
-    for sites, generator, num_templates, template_size, num_partial in json.loads(described):
-        size = Size(
-            num_templates=num_templates, template_size=template_size, num_partial=num_partial
-        )
+    fields = [field.name for field in dataclasses.fields(Size)]
+    for sites, generator, *numbers in json.loads(described):
+        size = Size(**dict(zip(fields, numbers, strict=False)))
         yield tuple(sites), generator, size
 
 
 def count_generation_flops(plan: Plan, inventory: Inventory) -> int:
     """Count multiplications and additions that make all weights of a plan once."""
-    numel = {site.name: site.numel for site in inventory.sites}
+    sites = {site.name: site for site in inventory.sites}
     total = 0
     for bank in plan.banks:
-        if not bank.is_dedicated:
-            rows = bank.size.num_templates + bank.size.partial_rows
-            total += 2 * rows * sum(numel[name] for name in bank.sites)
+        # Others than those that are built in mix templates as this one does.
+        generator = GENERATORS.get(bank.generator, GENERATORS["wavg"])
+        total += generator.flops(shapes_of([sites[n] for n in bank.sites], generator), bank.size)
     return total

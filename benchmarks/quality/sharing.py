@@ -27,12 +27,25 @@ _ENDS = ("stem", "head", "embedding")
 
 
 def make_ours(given: Assignment) -> Contestant:
-    """The default transform, or with the options ``generators`` or ``gain`` another."""
+    """The default transform, or with one of the options ``generators``, ``generator``, ``gain``."""
+    if "generator" in given.options:
+        return _apply(given, _plan_with(given, given.options["generator"]))
     generators = given.options.get("generators")
     if given.options.get("gain") == "trained":
         generators = ["tied", TrainedGain()]
     shared = npas_fx.transform(given.model, given.budget, seed=given.seed, generators=generators)
     return _of_emitted(given.model, shared)
+
+
+def _plan_with(given: Assignment, generator: str) -> Plan:
+    """Plan with one generator, helped by ``wavg`` where it cannot use the budget by itself."""
+    try:
+        plan = npas_fx.plan(given.model, given.budget, generators=[generator])
+    except npas_fx.InfeasibleBudgetError:
+        plan = None
+    if plan is None or plan.parameters < 0.99 * given.budget:
+        plan = npas_fx.plan(given.model, given.budget, generators=[generator, "wavg"])
+    return plan
 
 
 def make_tied_by_role(given: Assignment) -> Contestant:

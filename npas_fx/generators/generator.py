@@ -14,6 +14,8 @@ from npas_fx.ir import Site, Size
 
 Shapes: TypeAlias = Sequence[tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, Tensor]
+# How the names of tensors begin that weights are made of, other than those that combine them.
+TEMPLATE_NAMES = ("templates", "partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,11 @@ class Generator(Protocol):
         """Count the multiplications and additions that generating all weights once takes."""
 
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
-        """Name of each trainable tensor that the bank owns -> its shape."""
+        """Name of each trainable tensor that the bank owns -> its shape.
+
+        What weights are made of has a name that begins with ``templates`` or ``partial``;
+        ``param_groups`` takes all else for coefficients, without weight decay.
+        """
 
     def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """Name of each constant tensor that the bank owns -> its shape."""

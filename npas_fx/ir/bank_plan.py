@@ -203,6 +203,7 @@ class Plan:
 def _cells(bank: BankPlan) -> tuple[str, ...]:
     size = bank.size
     partial = f" + {size.num_partial:,}" if size.num_partial else ""
+    partial += f", rank {size.rank:,}" if size.rank else ""
     templates = (
         "" if bank.is_dedicated else f"{size.num_templates} x {size.template_size:,}{partial}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npas_fx.generators import GENERATORS
+from npas_fx.generators import DEFAULT_GENERATORS, GENERATORS
 from npas_fx.profiles.structure import profile_structure
 from npas_fx.propose import Pricer
 from npas_fx.rules import Rules
@@ -12,6 +12,6 @@ def pricer_of(rules: Rules, *, above: bool = False) -> Pricer:
     return Pricer(
         rules=rules,
         profile=profile_structure(rules.inventory),
-        generators=tuple(GENERATORS.values()),
+        generators=tuple(GENERATORS[name] for name in DEFAULT_GENERATORS),
         above=above,
     )
