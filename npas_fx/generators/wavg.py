@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,7 +46,10 @@ class WeightedAverage:
         """Yield whole-weight sizes from two templates up, and tiles down to the smallest bank."""
         numels = [math.prod(shape) for shape in shapes]
         total, largest, count = sum(numels), max(numels), len(numels)
-        sizes = {Size(num_templates=1, template_size=max(1, round(math.sqrt(total))))}
+        distinct = set(shapes)
+        smallest = _choose_tile(max(1, round(math.sqrt(total))), 0, 1, distinct)
+        assert smallest is not None
+        sizes = {Size(num_templates=1, template_size=smallest)}
         if len(set(numels)) == 1:
             sizes |= {_whole(largest, k) for k in range(2, min(count - 1, MAX_TEMPLATES) + 1)}
             if len(set(shapes)) > 1:
@@ -57,7 +60,7 @@ class WeightedAverage:
         power = 0
         while (wanted := total / 2**power) >= math.sqrt(total):
             for share in _SHARES_BELOW:
-                sizes |= set(_tiles(wanted * share, total, largest))
+                sizes |= set(_tiles(wanted * share, total, distinct))
             power += 1
         for size in sorted(sizes, key=lambda s: (s.num_templates, s.template_size)):
             if size.template_size <= largest:
@@ -75,12 +78,10 @@ class WeightedAverage:
         numels = [math.prod(shape) for shape in shapes]
         room = max(numels) - size.template_size
         if room:
-            step = max(1, size.template_size // 20)
-            if _align(size.template_size + step, max(numels)) <= size.template_size:
-                step = ALIGNMENT
-            more = min(room, parameters // size.num_templates, step)
-            longer = _align(size.template_size + more, max(numels))
-            return replace(size, template_size=longer) if longer > size.template_size else None
+            step = max(ALIGNMENT, size.template_size // 20)
+            longest = size.template_size + min(room, parameters // size.num_templates, step)
+            longer = _choose_tile(longest, size.template_size, size.num_templates, set(shapes))
+            return None if longer is None else replace(size, template_size=longer)
         affordable = parameters // (size.template_size + size.rows(numels))
         more = min(affordable, max(1, size.num_templates // 20))
         return replace(size, num_templates=size.num_templates + more) if more else None
@@ -123,15 +124,39 @@ def _whole(numel: int, num_templates: int) -> Size:
     return Size(num_templates=num_templates, template_size=numel)
 
 
-def _align(template_size: int, largest: int) -> int:
-    """Shorten long tiles so that each starts at a full cache line, as plain weights do."""
-    if template_size < 16 * ALIGNMENT or template_size >= largest:
-        return template_size
-    return template_size // ALIGNMENT * ALIGNMENT
+def _choose_tile(
+    longest: int, least: int, num_templates: int, shapes: Collection[tuple[int, ...]]
+) -> int | None:
+    """Find a long tile that is out of step with the rows of the weights.
+
+    A row that starts where another one starts in its tile is mixed from the same parts of the
+    templates. Tiles as long as some rows make all start in few places, others in many, so that a
+    weight has a higher rank from as many parameters. Long tiles start at full cache lines, as plain
+    weights do, unless rows of one template would be multiples of each other by that.
+
+    Args:
+        longest: that it may be.
+        least: that it must exceed.
+        num_templates: that are mixed.
+        shapes: of the weights.
+    """
+    if longest >= max(map(math.prod, shapes)):
+        return longest
+    most_rows = max(shape[0] for shape in shapes)
+    is_long = longest >= ALIGNMENT * (16 if num_templates > 1 else most_rows)
+    step = ALIGNMENT if is_long else 1
+    longest = longest // step * step
+    columns = {math.prod(shape[1:]) for shape in shapes}
+    return min(
+        range(longest, max(least, longest - 16 * step, longest // 2), -step),
+        key=lambda tile: max(math.gcd(tile, row) for row in columns),
+        default=None,
+    )
 
 
-def _tiles(wanted: float, total: int, largest: int) -> Iterator[Size]:
+def _tiles(wanted: float, total: int, shapes: Collection[tuple[int, ...]]) -> Iterator[Size]:
     """Sizes whose templates have about ``wanted`` elements for ``total`` generated ones."""
+    largest = max(map(math.prod, shapes))
     if wanted >= 2 * largest:
         num_templates = round(wanted / largest)
         if num_templates <= MAX_TEMPLATES and num_templates * largest < total:
@@ -141,5 +166,7 @@ def _tiles(wanted: float, total: int, largest: int) -> Iterator[Size]:
     affordable = int(wanted * math.sqrt(MAX_OVERHEAD / total))
     num_templates = max(1, min(TILE_TEMPLATES, affordable))
     if wanted < total:
-        template_size = _align(max(1, round(wanted / num_templates)), largest)
+        longest = max(1, round(wanted / num_templates))
+        template_size = _choose_tile(longest, 0, num_templates, shapes)
+        assert template_size is not None
         yield Size(num_templates=num_templates, template_size=template_size)

@@ -72,3 +72,27 @@ def test_tiles_get_longer_wherever_there_is_room(template_size):
     longer = WAVG.enlarge(((32, 32), (32, 32)), size, 10_000)
     assert longer is not None
     assert template_size < longer.template_size <= max(1.1 * template_size, template_size + 16)
+
+
+@pytest.mark.parametrize(
+    "shape", [(24, 16), (16, 24), (30, 7, 3), (12, 5, 3, 3), (64, 48)], ids=str
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_rank_reaches_what_the_parameters_allow_and_no_row_is_a_copy(shape, count):
+    moments, shapes = [Moments(mean=0.0, std=1.0)] * count, (shape,) * count
+    columns = math.prod(shape[1:])
+    for size in WAVG.propose(shapes, above=False):
+        tensors = WAVG.birth(shapes, size, moments, torch.Generator().manual_seed(0))
+        tensors = {key: tensor.double() for key, tensor in tensors.items()}
+        for weight in WAVG.generate(tensors, shapes, size):
+            rows = weight.reshape(shape[0], columns)
+            allowed = size.num_templates * size.template_size // columns
+            if size.template_size >= rows.numel():  # a mix of whole weights is one again
+                allowed = columns
+            assert torch.linalg.matrix_rank(rows) >= min(*rows.shape, max(1, allowed)), size
+            unit = rows / rows.norm(dim=1, keepdim=True)
+            others = unit.unsqueeze(0) - unit.unsqueeze(1) + torch.eye(len(rows))[:, :, None]
+            if allowed > 1:
+                assert others.norm(dim=2).min() > 1e-3, size
+            else:  # of less than two rows, each at least has a size of its own
+                assert len({round(norm.item(), 9) for norm in rows.norm(dim=1)}) == len(rows)
