@@ -110,11 +110,11 @@ class Pricer:
         if key not in self._options:
             options: list[Option] = []
             for generator in self.generators:
-                if generator.name == "tied" and len(sites) == 1:
-                    continue  # the parts of one fused weight would be copies of one another
                 shapes = shapes_of(sites, generator)
                 sizes = generator.propose(shapes, above=self.above)
                 each = [describe(generator, shapes, size) for size in sizes]
+                if len(sites) == 1 < len(shapes):
+                    each = [option for option in each if not _is_one_for_all(option.mixture)]
                 options += _spread(sorted(each, key=lambda o: o.parameters), spacing)
             self._options[key] = tuple(options)
         return self._options[key]
@@ -162,6 +162,11 @@ def price_option(
         bytes=option.parameters * sites[members[0]].dtype.itemsize,
         price=price,
     )
+
+
+def _is_one_for_all(mixture: Mixture) -> bool:
+    """Whether all weights are copies of one but for their scales, which parts of one cannot be."""
+    return mixture.templates <= 1 and mixture.parts <= 1
 
 
 def _spread(options: Sequence[Option], spacing: float) -> Iterator[Option]:

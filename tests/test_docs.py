@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from npas_fx import generators
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # A block of code, and the block of text behind it, if there is one: what the code prints.
@@ -31,6 +33,14 @@ def blocks(page: Path) -> Iterator[tuple[int, str, str | None]]:
 
 def stripped(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _same_generators() -> Iterator[None]:
+    before = dict(generators._registered)
+    yield
+    generators._registered.clear()
+    generators._registered.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,13 @@ from timm.layers import BatchNormAct2d  # isort: skip
 
 BUDGETS = (0.1, 0.5, 1.0, 2.0)
 # Those that take longest run beside the rest of the zoo, and their like at night.
+NIGHTLY = (
+    *("resnet50", "efficientnet_b0", "hrnet_w18_small", "regnety_002", "mixer_s32_224"),
+    *("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"),
+)
 MARKS = {
-    **dict.fromkeys(("resnet50", "densenet121"), pytest.mark.zoo),
-    **dict.fromkeys(("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"), pytest.mark.slow),
-    **dict.fromkeys(("efficientnet_b0", "hrnet_w18_small", "regnety_002"), pytest.mark.slow),
+    **dict.fromkeys(("densenet121", "mobilenetv3_small_100"), pytest.mark.zoo),
+    **dict.fromkeys(NIGHTLY, pytest.mark.slow),
 }
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -225,6 +228,7 @@ def test_materialized_it_is_a_plain_model(case):
     assert torch.equal(call(plain, case.inputs(), mode=False), case.outputs[False])
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "densenet121"])
 @pytest.mark.parametrize("mode", [True, False], ids=["eval to train", "train to eval"])
 def test_norms_with_an_activation_follow_the_mode(name, mode):

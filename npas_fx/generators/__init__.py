@@ -6,15 +6,33 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from npas_fx.errors import NPASError
+from npas_fx.generators.avg import Average
+from npas_fx.generators.basis import Basis
 from npas_fx.generators.dedicated import Dedicated
+from npas_fx.generators.emb import LayerEmbedding
 from npas_fx.generators.generator import Generator, Mixture, Moments, Tensors
+from npas_fx.generators.recursive import Recursive
+from npas_fx.generators.resized import RULES, Resized
+from npas_fx.generators.superweight import SuperWeight
 from npas_fx.generators.tied import Tied
 from npas_fx.generators.wavg import WeightedAverage
+from npas_fx.generators.within import Within
 
 # What the planner may choose from where the user does not say: docs/evidence.md.
 DEFAULT_GENERATORS = ("dedicated", "tied", "wavg")
 
-_BUILT_IN: tuple[Generator, ...] = (Dedicated(), Tied(), WeightedAverage())
+_BUILT_IN: tuple[Generator, ...] = (
+    Dedicated(),
+    Tied(),
+    WeightedAverage(),
+    Average(),
+    LayerEmbedding(),
+    SuperWeight(),
+    SuperWeight(shares_coefficients=True),
+    Basis(),
+    Recursive(),
+    *map(Resized, RULES),
+)
 _registered: dict[str, Generator] = {generator.name: generator for generator in _BUILT_IN}
 
 # All that plans may name -> the generator.
@@ -46,5 +64,6 @@ __all__ = [
     "Mixture",
     "Moments",
     "Tensors",
+    "Within",
     "register_generator",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,108 +17,8 @@ from npas_fx.generators.birth import (
     typical_std,
 )
 from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
+from npas_fx.generators.product import mix as mix
 from npas_fx.ir import Size
-
-
-def mix(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
-    """Generate the weights of all sites: ``W_i = sum_k c_ik T_k``, tile by tile.
-
-    Args:
-        templates: ``(K, P)``, one template a row.
-        coefficients: ``(R, K)``, one row for each tile, with the gain of its site multiplied in.
-        shapes: of the weights; one of ``n`` elements is made of ``ceil(n / P)`` tiles.
-
-    Returns:
-        The weights, in the templates' dtype.
-
-    Source: Plummer et al., Neural Parameter Allocation Search, section 3.1.1; tiles are ours.
-    """
-    # The compiler plans memory itself, and on a GPU memory is quick but each launch costs.
-    if torch.compiler.is_compiling() or not templates.is_cpu:
-        return _mix(templates, coefficients, shapes)
-    weights: tuple[Tensor, ...] = _Mix.apply(  # type: ignore[no-untyped-call]
-        templates, coefficients, shapes
-    )
-    return weights
-
-
-def _mix(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
-    mixed = torch.mm(coefficients, templates)
-    numels = [math.prod(shape) for shape in shapes]
-    tile = templates.shape[1]
-    # What the last tile of a site has too much is cut off by the same split.
-    lengths = [part for numel in numels for part in (numel, -numel % tile)]
-    parts = torch.split(mixed.view(-1), lengths)[::2]
-    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-
-
-class _Mix(torch.autograd.Function):
-    """``_mix`` site by site: each weight has memory of its own, and so has its gradient.
-
-    One product for all sites holds all weights until the last is used, and its backward first joins
-    their gradients in one tensor; on a CPU, making that costs more than the products themselves
-    (10 of 14 ms for a WRN-16-4 at 10 %).
-    """
-
-    @staticmethod
-    def forward(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
-        tile, row = templates.shape[1], 0
-        weights = []
-        for shape in shapes:
-            whole, rest = divmod(math.prod(shape), tile)
-            weight = templates.new_empty(math.prod(shape))
-            if whole:
-                tiles = weight[: whole * tile].view(whole, tile)
-                torch.mm(coefficients[row : row + whole], templates, out=tiles)
-            if rest:
-                last = coefficients[row + whole : row + whole + 1]
-                torch.mm(last, templates[:, :rest], out=weight[whole * tile :][None])
-            row += whole + (rest > 0)
-            weights.append(weight.view(shape))
-        return tuple(weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        templates, coefficients, ctx.shapes = inputs
-        ctx.save_for_backward(templates, coefficients)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        templates, coefficients = ctx.saved_tensors
-        with torch.autocast(templates.device.type, enabled=False):  # as in forward, by out=
-            return *_backward(templates, coefficients, ctx.shapes, gradients), None
-
-
-def _backward(
-    templates: Tensor, coefficients: Tensor, shapes: Shapes, gradients: Sequence[Tensor | None]
-) -> tuple[Tensor | None, Tensor]:
-    tile = templates.shape[1]
-    of_templates: Tensor | None = None
-    of_coefficients = []
-    row = 0
-    for gradient, shape in zip(gradients, shapes, strict=True):
-        whole, rest = divmod(math.prod(shape), tile)
-        rows = coefficients[row : row + whole + (rest > 0)]
-        row += len(rows)
-        if gradient is None:
-            of_coefficients.append(torch.zeros_like(rows))
-            continue
-        flat = gradient.reshape(-1)
-        tiles = flat[: whole * tile].view(whole, tile)
-        if whole:
-            if of_templates is None:  # a first product is quicker than zeros to add it to
-                of_templates = rows[:whole].T @ tiles
-            else:
-                of_templates.addmm_(rows[:whole].T, tiles)
-            of_coefficients.append(tiles @ templates.T)
-        if rest:
-            end = flat[whole * tile :][None]
-            if of_templates is None:
-                of_templates = torch.zeros_like(templates)
-            of_templates[:, :rest].addmm_(rows[whole:].T, end)
-            of_coefficients.append(end @ templates[:, :rest].T)
-    return of_templates, torch.cat(of_coefficients)
 
 
 def template_shapes(size: Size) -> dict[str, tuple[int, ...]]:

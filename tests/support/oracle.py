@@ -63,7 +63,8 @@ def by_formula(bank: Bank) -> list[Tensor]:
             tiles.append((own["offset"][site] + own["gain"][site] * mixed)[: numel - start])
             row += 1
         weights.append(torch.cat(tiles).view(shape))
-    return weights
+    parts = iter(weights)
+    return [torch.cat([next(parts) for _ in range(n)], axis) for n, axis in bank.parts]
 
 
 def run_original(
