@@ -14,6 +14,7 @@ from torch.nn import functional
 from npas_fx.ir import Inventory, Kept, Opaque, Site
 from npas_fx.passes.blocks import find_repeats
 from npas_fx.passes.flow import is_question
+from npas_fx.passes.fused import Fused, find_fused
 from npas_fx.passes.leaves import hidden_parameters
 from npas_fx.passes.opaque import why_plain
 from npas_fx.passes.purity import is_mutated
@@ -82,11 +83,14 @@ def take_inventory(
     parameters = dict(skeleton.named_parameters())
     matrices = {name: p for name, p in parameters.items() if p.dim() > 1 and name in reads_of}
     parts: dict[str, Part] = {}
+    fused: dict[str, Fused] = {}
     for graph in graphs:
         found = {name: p for name, p in matrices.items() if first[name] is graph}
+        reads = {name: _in(graph, reads_of[name]) for name in found}
+        fused |= find_fused(reads, skeleton)
         parts |= find_parts(
             graph,
-            {name: _in(graph, reads_of[name]) for name in found},
+            reads,
             {name: tuple(parameter.shape) for name, parameter in found.items()},
             {name: _kind_of(skeleton, name) for name in found},
         )
@@ -115,6 +119,8 @@ def take_inventory(
             depth=parts[name].depth,
             uses=len(_uses(_in(first[name], reads_of[name]))),
             held_row=_find_held_row(parameters[name], reads_of[name]),
+            num_parts=fused[name].num_parts if name in fused else 1,
+            parts_axis=fused[name].axis if name in fused else 0,
         )
         for name, reason in reasons.items()
         if reason is None

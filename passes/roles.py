@@ -223,8 +223,21 @@ class _Structure:
 
     def _start_of(self, branch: int) -> int:
         """Events that the first operations of a branch read."""
-        first = [node for node in self._events_in(branch) if not self._earlier(node) & branch]
-        return _union(map(self._given, first))
+        return _union(map(self._given, self._first_in(branch)))
+
+    def _first_in(self, branch: int) -> list[fx.Node]:
+        return [node for node in self._events_in(branch) if not self._earlier(node) & branch]
+
+    def is_made_from(self, value: fx.Node, source: fx.Node) -> bool:
+        """Whether all that is done to make a value begins with another one.
+
+        That the same operations are before both is not enough: what is before the angles of a
+        rotary embedding is before the queries that they turn.
+        """
+        own = self.before[value] & ~self.before[source]
+        if not own or self.before[source] & ~self.before[value]:
+            return False
+        return all(nx.has_path(self.flow.graph, source, node) for node in self._first_in(own))
 
     def _given(self, node: fx.Node) -> int:
         return _union(self.last[value] for value in self.flow.values(node))
@@ -295,11 +308,9 @@ def _union(sets: Iterable[int]) -> int:
 def _ungated(values: Sequence[fx.Node], node: fx.Node, structure: _Structure) -> Sequence[fx.Node]:
     """Leave out a factor that was made from the other one: squeeze and excitation, or alike."""
     if node.target in _PRODUCTS and len(values) == 2:
-        left, right = (structure.before[value] for value in values)
-        if left | right == right != left:
-            return values[:1]
-        if left | right == left != right:
-            return values[1:]
+        for gated, gate in (values, reversed(values)):
+            if structure.is_made_from(gate, gated):
+                return [gated]
     return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -149,12 +150,13 @@ def draw(
     tensors |= draw_partial(shapes, size, random)
     weights = mix_sites({**tensors, "gain": torch.ones(len(shapes), **PLAIN)}, shapes, size)
     tensors["gain"], tensors["offset"] = match_moments(weights, moments)
-    rows = torch.arange(len(shapes)).repeat_interleave(torch.tensor(tiles_of(shapes, size)))
+    tiles = tiles_of(shapes, size)
+    first = [0, *accumulate(tiles)]
     for k in constant(moments):
         if draw_coefficients is None:
             tensors["gain"][k] = 0
         else:
-            tensors["coefficients"][rows == k] = 0
+            tensors["coefficients"][first[k] : first[k + 1]] = 0
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -101,37 +102,38 @@ class _Mix(torch.autograd.Function):
         return batched(templates, coefficients), (0,) * len(shapes)
 
 
+# ``apply`` binds its arguments to this, and would find it out again each time: 20 of 100 us.
+_Mix.forward.__signature__ = inspect.signature(_Mix.forward)  # type: ignore[attr-defined]
+
+
 def _mix_runs(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> Iterator[Tensor]:
     """Yield the weights; those of one length that follow one another are mixed together."""
-    row = 0
+    row, tile = 0, templates.shape[1]
     for numel, run in groupby(shapes, key=math.prod):
         alike = list(run)
-        tiles = math.ceil(numel / templates.shape[1])
-        rows = coefficients[row : row + len(alike) * tiles].unflatten(0, (len(alike), tiles))
+        tiles = math.ceil(numel / tile)
+        rows = coefficients[row : row + len(alike) * tiles].reshape(len(alike), tiles, -1)
         row += len(alike) * tiles
-        # Of many tiles, a weight is by itself a product of many rows.
-        mixed = (
-            _mix_alike(templates, rows, numel)
-            if tiles <= len(alike)
-            else (_mix_tiles(templates, each, numel) for each in rows)
-        )
-        for weight, shape in zip(mixed, alike, strict=True):
-            yield weight.view(shape)
+        if tiles <= len(alike):
+            yield from _mix_alike(templates, rows, alike)
+        else:  # of many tiles, a weight is by itself a product of many rows
+            for shape, each in zip(alike, rows, strict=True):
+                yield _mix_tiles(templates, each, math.prod(shape)).view(shape)
 
 
-def _mix_alike(templates: Tensor, rows: Tensor, numel: int) -> list[Tensor]:
+def _mix_alike(templates: Tensor, rows: Tensor, shapes: Shapes) -> list[Tensor]:
     """Mix weights of one length: the same columns of all of them at a time.
 
     Args:
         templates: ``(K, P)``.
         rows: ``(S, tiles, K)``.
-        numel: of each weight.
+        shapes: of the weights.
     """
-    num_templates, tile = templates.shape
+    (num_templates, tile), numel = templates.shape, math.prod(shapes[0])
     line = max(1, CACHE_LINE // templates.itemsize)
     stride = math.ceil(numel / line) * line
     together = max(1, KEPT_BYTES // (stride * templates.itemsize))
-    parts = rows.split(together)
+    parts = torch.split(rows, together)
     memory = [templates.new_empty(len(part), stride)[:, :numel] for part in parts]
     # Parts that take turns find the columns of the templates in the cache.
     step = max(MIN_COLUMNS, CACHED // num_templates) if len(parts) > 1 else tile
@@ -139,10 +141,13 @@ def _mix_alike(templates: Tensor, rows: Tensor, numel: int) -> list[Tensor]:
         width = min(tile, numel - first)
         for start in range(0, width, step):
             columns = templates[:, start : min(start + step, width)]
-            for part, weights in zip(parts, memory, strict=True):
-                mixed = weights.narrow(1, first + start, columns.shape[1])
-                torch.mm(part[:, first // tile], columns, out=mixed)
-    return [weight for weights in memory for weight in weights.unbind()]
+            for part, mixed in zip(parts, memory, strict=True):
+                into = mixed.narrow(1, first + start, columns.shape[1])
+                torch.mm(part[:, first // tile], columns, out=into)
+    if len(set(shapes)) == 1:  # quicker than one by one
+        return [weight for mixed in memory for weight in mixed.view(-1, *shapes[0]).unbind()]
+    each = [weight for mixed in memory for weight in mixed.unbind()]
+    return [weight.view(shape) for weight, shape in zip(each, shapes, strict=True)]
 
 
 def _mix_tiles(templates: Tensor, rows: Tensor, numel: int) -> Tensor:

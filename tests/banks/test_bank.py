@@ -125,3 +125,85 @@ def test_every_tensor_gets_a_gradient():
         bank.partial.normal_()
     sum((weight * torch.randn_like(weight)).sum() for weight in bank()).backward()
     assert all(parameter.grad.abs().min() > 0 for parameter in bank.parameters())
+
+
+def make_both(shapes, parts, held_rows, name="wavg"):
+    """A bank of fused weights, one of all their parts as weights of their own, and the weights."""
+    how = {"dtype": torch.float32, "device": torch.device("cpu")}
+    starts = [sum(number for number, _ in parts[:place]) for place in range(len(parts))]
+    fused = Bank(GENERATORS[name], shapes, SIZE, parts=parts, held_rows=held_rows, **how)
+    apart = Bank(
+        GENERATORS[name],
+        [tuple(part.shape) for part in cut([torch.empty(shape) for shape in shapes], parts)],
+        SIZE,
+        held_rows={starts[place]: row for place, row in held_rows.items()},
+        **how,
+    )
+    random = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(shape, generator=random)
+        * torch.linspace(0.5, 2, shape[axis]).view(
+            [-1 if k == axis else 1 for k in range(len(shape))]
+        )
+        + 0.3
+        for shape, (_, axis) in zip(shapes, parts, strict=True)
+    ]
+    fused.birth(weights, torch.Generator().manual_seed(1))
+    apart.birth(cut(weights, parts), torch.Generator().manual_seed(1))
+    return fused, apart, weights
+
+
+def cut(weights, parts):
+    return [part for w, each in zip(weights, parts, strict=True) for part in w.chunk(*each)]
+
+
+WITH_FUSED = {
+    "rows": (((3, 6), (6, 4), (2, 3, 4)), ((1, 0), (3, 0), (1, 0)), {}),
+    "columns": (((3, 6), (4, 6), (2, 3, 4)), ((1, 0), (3, 1), (1, 0)), {}),
+    "first and last": (((4, 6), (3, 4), (8, 3)), ((2, 1), (1, 0), (4, 0)), {}),
+    "a held row before": (((4, 6), (6, 4), (3, 4)), ((1, 0), (3, 0), (1, 0)), {0: 2}),
+    "a held row behind": (((4, 6), (6, 4), (5, 4)), ((2, 1), (3, 0), (1, 0)), {2: 0}),
+    "all fused": (((4, 6), (6, 4)), ((2, 0), (2, 1)), {}),
+}
+
+
+@pytest.mark.parametrize("name", WITH_FUSED)
+def test_a_fused_weight_is_its_parts_joined(name):
+    shapes, parts, held_rows = WITH_FUSED[name]
+    fused, apart, _ = make_both(*WITH_FUSED[name])
+    for mine, theirs in zip(fused.tensors().values(), apart.tensors().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    weights, separate = fused(), list(apart())
+    assert [tuple(weight.shape) for weight in weights] == list(shapes)
+    for weight, (number, axis) in zip(weights, parts, strict=True):
+        assert torch.equal(weight, torch.cat([separate.pop(0) for _ in range(number)], axis))
+    assert separate == []
+    again, _, _ = make_both(shapes, parts, held_rows)
+    again.load_state_dict(fused.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again(), weights, strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_FUSED)
+def test_a_fused_weight_is_born_with_the_moments_of_its_parts_and_its_own(name):
+    shapes, parts, held_rows = WITH_FUSED[name]
+    fused, _, given = make_both(*WITH_FUSED[name])
+    weights = list(fused())
+    for place, row in held_rows.items():
+        assert torch.equal(weights[place][row], given[place][row])
+        free = [k for k in range(shapes[place][0]) if k != row]
+        weights[place], given[place] = weights[place][free], given[place][free]
+    pairs = zip([*weights, *cut(weights, parts)], [*given, *cut(given, parts)], strict=True)
+    for found, wanted in ((Moments.of(a), Moments.of(b)) for a, b in pairs):
+        assert found.mean == pytest.approx(wanted.mean, abs=0.05 * wanted.std)
+        assert found.std == pytest.approx(wanted.std, rel=0.03)
+
+
+def test_every_element_of_a_fused_weight_has_the_gradient_of_its_part():
+    fused, apart, _ = make_both(*WITH_FUSED["first and last"])
+    weights, parts = fused(), apart()
+    factors = [torch.randn_like(weight) for weight in weights]
+    cut_factors = cut(factors, WITH_FUSED["first and last"][1])
+    sum((a * b).sum() for a, b in zip(weights, factors, strict=True)).backward()
+    sum((a * b).sum() for a, b in zip(parts, cut_factors, strict=True)).backward()
+    for mine, theirs in zip(fused.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)

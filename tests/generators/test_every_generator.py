@@ -169,6 +169,24 @@ def test_the_seed_decides_and_state_dicts_carry_everything(name, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
+@settings(max_examples=5, deadline=None)
+def test_defaults_of_the_program_do_not_matter(name, data):
+    case = data.draw(cases([name]))
+    before = case.bank().state_dict()
+    weights, random = case.weights(), torch.Generator().manual_seed(case.seed)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            bank = case.bank(born=False)
+            bank.birth(weights, random)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, tensor in bank.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_larger_banks_cost_more_and_fit(name, data):
     case = data.draw(cases([name]))

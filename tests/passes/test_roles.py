@@ -118,8 +118,9 @@ TRUTH = {
 }
 
 
-def roles(model):
-    return {site.name.removesuffix(".weight"): site.role for site in capture(model).inventory.sites}
+def roles(model, *inputs):
+    inventory = capture(model, inputs or None).inventory
+    return {site.name.removesuffix(".weight"): site.role for site in inventory.sites}
 
 
 @pytest.mark.parametrize("kind", TRUTH)
@@ -394,6 +395,71 @@ def test_a_gate_does_not_hide_what_it_gates():
         "write": "residual_writer",
         "squeeze": "other",
         "expand": "other",
+    }
+
+
+class Angles(nn.Module):
+    """Cosine and sine of the angles of a rotary embedding; of ``x`` it takes the dtype only."""
+
+    def forward(self, x, places):
+        angles = places[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+class LlamaBlock(nn.Module):
+    """Four heads of queries; two of keys and values, which they share."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp_norm = nn.RMSNorm(16), nn.RMSNorm(16)
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.o = nn.Linear(16, 16)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x, cos, sin):
+        y = self.norm(x)
+        batch, length, _ = y.shape
+        q, k, v = (
+            projection(y).view(batch, length, -1, 4).transpose(1, 2)
+            for projection in (self.q, self.k, self.v)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(batch, length, 16))
+        y = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.angles = nn.Embedding(11, 16), Angles()
+        self.blocks = nn.ModuleList([LlamaBlock(), LlamaBlock(), LlamaBlock()])
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        cos, sin = self.angles(x, torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.head(x)
+
+
+def test_angles_are_not_what_queries_and_keys_gate():
+    block = {
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), "parallel_projection"),
+        **dict.fromkeys(("o", "down"), "residual_writer"),
+    }
+    assert roles(Llama(), torch.randint(11, (2, 5))) == {
+        "tokens": "embedding",
+        **{f"blocks.{k}.{name}": role for k in range(3) for name, role in block.items()},
+        "head": "head",
     }
 
 
