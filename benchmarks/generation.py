@@ -121,8 +121,8 @@ def write_page(
             "For the shapes that most elements of a model have: `tied`; `wavg` of whole weights "
             "closest to half of all elements, and of tiles closest to a tenth; and whole weights, "
             f"as many as there are but {REFERENCE_TEMPLATES} or {MOST_TEMPLATES} at most, where "
-            f"they are {_megabytes(LARGE_BYTES)} MB or more. Whatever the size, a bank of seven "
-            f"weights takes {1000 * smallest.seconds:.2f} ms: so much took 7 x 8x8.",
+            f"they are {_megabytes(LARGE_BYTES)} MB or more. What does not depend on the size took "
+            f"{1000 * smallest.seconds:.2f} ms: so much took `tied` of 7 x 8x8.",
             "",
             *_verdicts(mixed),
             "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -89,7 +89,7 @@ def make_model(name: str) -> nn.Module:
     return make_model(name)[0]
 
 
-def largest_classes(model: nn.Module, number: int) -> list[Shapes]:
+def largest_classes(model: nn.Module, number: int) -> Sequence[Shapes]:
     """List the shapes that several weights have, those of the most elements first."""
     counts = Counter(tuple(weight.shape) for weight in model.parameters() if weight.dim() > 1)
     classes = [(shape,) * count for shape, count in counts.items() if count > 1]

@@ -122,7 +122,10 @@ class InBanks(nn.Module):
 
     def forward(self) -> list[Tensor]:
         """Generate all weights, in the order of their shapes."""
-        of_shape = {bank.shapes[0]: iter(bank()) for bank in self.banks}
+        of_shape = {
+            shape: iter(bank())
+            for shape, bank in zip(Counter(self.shapes), self.banks, strict=True)
+        }
         return [next(of_shape[shape]) for shape in self.shapes]
 
 

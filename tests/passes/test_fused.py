@@ -464,8 +464,8 @@ def test_looking_runs_no_code_of_others_and_draws_nothing(disturb):
         q, k, v = self.joint(disturb(x)).view(batch, length, 3, 8).unbind(2)
         return attend(q, k, v)
 
-    state = torch.get_rng_state()
-    assert find_parts(Cut(body, width=WIDTH)) == {}
+    model, state = Cut(body), torch.get_rng_state()
+    assert find_parts(model) == {}
     assert torch.equal(torch.get_rng_state(), state)
     assert not Doubled.ran
 
