@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torchvision_ops as _before_timm  # isort: skip  # noqa: F401
 
+from operator import getitem
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torchvision.models import VisionTransformer
 
 import npas_fx
@@ -21,6 +23,7 @@ from npas_fx.generators import Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.passes.capture import capture
 from npas_fx.passes.emitted import emission_of
+from npas_fx.passes.fused import find_fused
 from oracle import generated
 from zoo import ZOO
 
@@ -444,30 +447,31 @@ def test_a_table_that_is_looked_up_is_whole():
     assert find_parts(Tied()) == {}
 
 
-class Doubled(torch.autograd.Function):
-    ran = False
+def test_looking_runs_no_code_of_others_and_draws_nothing():
+    ran, skeleton = [], nn.Linear(16, WIDTH, device="meta")
 
-    @staticmethod
-    def forward(ctx, x):
-        Doubled.ran = True
-        return 2 * x
+    def cut_after(*steps):
+        graph = fx.Graph()
+        x, weight = graph.placeholder("x"), graph.get_attr("weight")
+        rows = graph.call_method("size", (x, 0))
+        for step in steps:
+            x = step(graph, x)
+        y = graph.call_function(F.linear, (x, weight))
+        parts = graph.call_method("unbind", (graph.call_method("view", (y, rows, 3, 8)), 1))
+        graph.output(tuple(graph.call_function(getitem, (parts, k)) for k in range(3)))
+        return find_fused({"weight": [weight]}, skeleton)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
+    def code_of_others(graph, x):
+        return graph.call_function(lambda x: ran.append(x) or x, (x,))
 
+    def draw(graph, x):
+        return graph.call_function(torch.mul, (x, graph.call_function(torch.rand, (16,))))
 
-@pytest.mark.parametrize("disturb", [Doubled.apply, lambda x: x * torch.rand(16)])
-def test_looking_runs_no_code_of_others_and_draws_nothing(disturb):
-    def body(self, x):
-        batch, length, _ = x.shape
-        q, k, v = self.joint(disturb(x)).view(batch, length, 3, 8).unbind(2)
-        return attend(q, k, v)
-
-    model, state = Cut(body), torch.get_rng_state()
-    assert find_parts(model) == {}
+    state = torch.get_rng_state()
+    assert cut_after() == {"weight": (3, 0)}
+    assert cut_after(code_of_others) == cut_after(draw) == {}
     assert torch.equal(torch.get_rng_state(), state)
-    assert not Doubled.ran
+    assert ran == []
 
 
 class Attention(nn.Module):
