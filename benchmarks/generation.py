@@ -124,6 +124,10 @@ def write_page(
             f"they are {_megabytes(LARGE_BYTES)} MB or more. What does not depend on the size took "
             f"{1000 * smallest.seconds:.2f} ms: so much took `tied` of 7 x 8x8.",
             "",
+            "Weights of more than 32 MiB are mixed in pieces of at most that: in a training step, "
+            "glibc has the pages of larger blocks made anew each time, which takes longer than "
+            "reading the templates for each piece again.",
+            "",
             *_verdicts(mixed),
             "",
             *_table([*BANK_COLUMNS, "target"], map(_verdict_row, mixed)),

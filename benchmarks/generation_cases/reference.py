@@ -42,7 +42,7 @@ def windows_of_reference(shapes: Shapes) -> list[Window]:
     """
     bank_size = sum(map(math.prod, shapes))
     counts = Counter(shapes)
-    order = sorted(range(len(shapes)), key=lambda i: (-counts[shapes[i]], shapes.index(shapes[i])))
+    order = sorted(range(len(shapes)), key=lambda site: -counts[shapes[site]])
     windows: dict[int, Window] = {}
     next_of: dict[int, int] = {}  # length of a window -> number of the next one
     offset = 0

@@ -62,8 +62,8 @@ class _Mix(torch.autograd.Function):
     """``_mix`` in pieces whose memory is quick to get, and is freed when they are used.
 
     One product for all sites holds all weights until the last is used, and its backward joins their
-    gradients in one tensor, which took twice as long as the products. Site by site, each reads all
-    templates again, three times in a step: two to five times as long.
+    gradients in one tensor, which took twice as long as the products. One for each site reads all
+    templates again, twice so in backward: for whole weights, two to five times as long.
     """
 
     @staticmethod
@@ -79,11 +79,16 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(gradient is None for gradient in gradients):
+        known = [gradient for gradient in gradients if gradient is not None]
+        if not known:
             return None, None, None
         templates, coefficients = ctx.saved_tensors
+        in_place = not torch.is_grad_enabled() and all(
+            map(_has_memory, (*ctx.saved_tensors, *known))
+        )
+        unmix = _unmix_in_place if in_place else _unmix
         with torch.autocast(templates.device.type, enabled=False):  # as in forward, by out=
-            return *_unmix(templates, coefficients, ctx.shapes, gradients), None
+            return *unmix(templates, coefficients, ctx.shapes, gradients), None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor | None, c: Tensor | None, _: None) -> tuple[Tensor, ...]:
@@ -114,7 +119,7 @@ def _mix_runs(templates: Tensor, coefficients: Tensor, shapes: Shapes) -> Iterat
         tiles = math.ceil(numel / tile)
         rows = coefficients[row : row + len(alike) * tiles].reshape(len(alike), tiles, -1)
         row += len(alike) * tiles
-        if tiles <= len(alike):
+        if tiles < len(alike):
             yield from _mix_alike(templates, rows, alike)
         else:  # of many tiles, a weight is by itself a product of many rows
             for shape, each in zip(alike, rows, strict=True):
@@ -161,6 +166,30 @@ def _mix_tiles(templates: Tensor, rows: Tensor, numel: int) -> Tensor:
     return weight
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Tell it from those that vmap and grad put in its place, to which nothing adds in place."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _unmix(
+    templates: Tensor, coefficients: Tensor, shapes: Shapes, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Find the gradients of templates and coefficients from those of the weights."""
+    tile = templates.shape[1]
+    tiles = []
+    for gradient, shape in zip(gradients, shapes, strict=True):
+        known = templates.new_zeros(shape) if gradient is None else gradient
+        tiles.append(
+            functional.pad(known.reshape(-1), (0, -math.prod(shape) % tile)).view(-1, tile)
+        )
+    joined = torch.cat(tiles)
+    return coefficients.T @ joined, joined @ templates.T
+
+
 class _Block(NamedTuple):
     """The whole tiles of a weight, or its last one."""
 
@@ -169,79 +198,83 @@ class _Block(NamedTuple):
     gradient: Tensor  # (tiles, elements of one)
 
 
-def _unmix(
+def _unmix_in_place(
     templates: Tensor, coefficients: Tensor, shapes: Shapes, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """Find the gradients of templates and coefficients, some columns of all tiles at a time."""
+    """``_unmix`` without joining the gradients of all weights."""
+    of_templates, of_coefficients = torch.empty_like(templates), torch.zeros_like(coefficients)
     num_templates, tile = templates.shape
-    found: dict[int, Tensor] = {}  # first row of a block -> gradient of its coefficients
-    blocks: list[_Block] = []
-    row = 0
-    for gradient, shape in zip(gradients, shapes, strict=True):
-        rows = coefficients[row : row + math.ceil(math.prod(shape) / tile)]
-        if gradient is None:
-            found[row] = torch.zeros_like(rows)
+    blocks = _blocks(coefficients, shapes, gradients, tile)
+    groups = [[block] for block in blocks]
+    # Of whole weights, each would go through all templates by itself, twice.
+    is_whole = max(map(math.prod, shapes)) <= tile
+    if is_whole and num_templates > 2 and templates.numel() > CACHED:
+        groups = list(_groups(blocks, min_rows=4 * num_templates))
+    beta = 0  # what is first is not added to the memory as it was
+    for group in groups:
+        given, found, width = templates, of_templates, group[0].gradient.shape[1]
+        if width < tile:
+            given, found = templates[:, :width], of_templates[:, :width]
+            if beta == 0:
+                of_templates[:, width:] = 0
+        if len(group) == 1:
+            row, rows, gradient = group[0]
+            found.addmm_(rows.T, gradient, beta=beta)
+            torch.mm(gradient, given.T, out=of_coefficients[row : row + len(rows)])
         else:
-            blocks += _blocks(row, rows, gradient.reshape(-1), tile)
-        row += len(rows)
-    # Adding to the gradient of the templates is a pass over it, which many rows pay for.
-    groups = list(_groups(blocks, min_rows=4 * num_templates))
-    joined_rows = [torch.cat([block.coefficients for block in group]) for group in groups]
-    parts: list[list[Tensor]] = [[] for _ in groups]
-    of_templates: Tensor | None = None
-    step = max(MIN_COLUMNS, CACHED // max(map(len, joined_rows)))
-    for start in range(0, tile, step):
-        columns = templates[:, start : start + step]
-        total: Tensor | None = None
-        for group, rows, part in zip(groups, joined_rows, parts, strict=True):
-            joined = _join(group, start, columns.shape[1])
-            if joined is not None:
-                part.append(joined @ columns.T)
-                total = rows.T @ joined if total is None else torch.addmm(total, rows.T, joined)
-        if total is None:
-            total = torch.zeros_like(columns)
-        if of_templates is None:  # made like its first part: vmap may have batched gradients only
-            of_templates = total.new_empty(templates.shape)
-        of_templates.narrow(1, start, columns.shape[1]).copy_(total)
-    for group, part in zip(groups, parts, strict=True):
-        sums = part[0] if len(part) == 1 else torch.stack(part).sum(0)
-        lengths = [len(block.coefficients) for block in group]
-        for block, of_rows in zip(group, torch.split(sums, lengths), strict=True):
-            found[block.row] = of_rows
-    assert of_templates is not None
-    return of_templates, torch.cat([found[row] for row in sorted(found)])
+            sums = _unmix_group(given, found, group, beta)
+            lengths = [len(block.coefficients) for block in group]
+            for block, of_rows in zip(group, torch.split(sums, lengths), strict=True):
+                of_coefficients[block.row :][: len(of_rows)] = of_rows
+        beta = 1
+    return of_templates, of_coefficients
 
 
-def _blocks(row: int, rows: Tensor, gradient: Tensor, tile: int) -> Iterator[_Block]:
-    whole, rest = divmod(gradient.numel(), tile)
-    if whole:
-        tiles = gradient.narrow(0, 0, whole * tile).view(whole, tile)
-        yield _Block(row, rows[:whole], tiles)
-    if rest:
-        yield _Block(row + whole, rows[whole:], gradient.narrow(0, whole * tile, rest)[None])
+def _unmix_group(given: Tensor, found: Tensor, group: Sequence[_Block], beta: int) -> Tensor:
+    """Add to the gradient of the templates, some columns at a time; return that of all rows."""
+    rows = torch.cat([block.coefficients for block in group])
+    parts = []
+    step = max(MIN_COLUMNS, CACHED // len(rows))
+    for start in range(0, given.shape[1], step):
+        columns = slice(start, start + step)
+        joined = torch.cat([block.gradient[:, columns] for block in group])
+        found[:, columns].addmm_(rows.T, joined, beta=beta)
+        parts.append(joined @ given[:, columns].T)
+    return torch.stack(parts).sum(0)
 
 
-def _width(block: _Block) -> int:
-    return block.gradient.shape[1]
+def _blocks(
+    coefficients: Tensor, shapes: Shapes, gradients: Sequence[Tensor | None], tile: int
+) -> list[_Block]:
+    """List all blocks that have a gradient."""
+    blocks, row = [], 0
+    for gradient, shape in zip(gradients, shapes, strict=True):
+        whole, rest = divmod(math.prod(shape), tile)
+        end = row + whole
+        if gradient is not None:
+            flat = gradient.reshape(-1)
+            if whole:
+                tiles = flat[: whole * tile].view(whole, tile)
+                blocks.append(_Block(row, coefficients[row:end], tiles))
+            if rest:
+                last = flat[whole * tile :][None]
+                blocks.append(_Block(end, coefficients[end : end + 1], last))
+        row = end + (rest > 0)
+    return blocks
 
 
 def _groups(blocks: Sequence[_Block], min_rows: int) -> Iterator[list[_Block]]:
     """Put blocks of one width together, until there are so many rows."""
-    group: list[_Block] = []
-    for block in sorted(blocks, key=_width):
-        num_rows = sum(len(other.coefficients) for other in group)
-        if group and (num_rows >= min_rows or _width(block) != _width(group[0])):
+
+    def width(block: _Block) -> int:
+        return block.gradient.shape[1]
+
+    for _, alike in groupby(sorted(blocks, key=width), key=width):
+        group: list[_Block] = []
+        for block in alike:
+            group.append(block)
+            if sum(len(each.coefficients) for each in group) >= min_rows:
+                yield group
+                group = []
+        if group:
             yield group
-            group = []
-        group.append(block)
-    yield group
-
-
-def _join(group: Sequence[_Block], start: int, number: int) -> Tensor | None:
-    """The same columns of all tiles of a group, zeros where they are too short; None if all are."""
-    length = min(number, _width(group[0]) - start)
-    if length <= 0:
-        return None
-    pieces = [block.gradient.narrow(1, start, length) for block in group]
-    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return functional.pad(joined, (0, number - length)) if length < number else joined

@@ -78,6 +78,15 @@ def test_windows_of_one_length_follow_one_another_until_the_bank_ends() -> None:
     ]
 
 
+def test_windows_of_another_length_start_where_others_end() -> None:
+    assert windows_of_reference([(12,), (9,), (2,), (1,)]) == [  # a bank of 24
+        Window(0, 2),
+        Window(0, 2),  # 18 after 24 would end beyond the bank: everything starts again
+        Window(0, 8),
+        Window(16, 8),
+    ]
+
+
 @pytest.mark.parametrize(
     ("depth", "width", "unread"), [(28, 2, 0.003), (16, 4, 0.149), (28, 10, 0.193)]
 )
@@ -153,11 +162,12 @@ def test_calls_take_turns() -> None:
     assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
 
 
-def test_quick_calls_are_repeated_within_a_turn() -> None:
-    calls = []
+def test_quick_calls_are_repeated_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []  # each takes a millisecond
+    monkeypatch.setattr(turns.time, "process_time", lambda: len(calls) / 1024)
     seconds = take_turns({"a": lambda: calls.append(1)}, 2)
-    assert len(calls) > 100
-    assert all(0 < each < 1e-3 for each in seconds["a"])
+    assert seconds == {"a": [1 / 1024] * 2}
+    assert len(calls) == 2 + 2 * int(turns.SHORTEST * 1024)
 
 
 def test_ratio_is_the_median_of_pairs() -> None:

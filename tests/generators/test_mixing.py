@@ -9,7 +9,6 @@ import torch
 from npas_fx.generators import GENERATORS, Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
-from npas_fx.generators.mixing import mix
 from npas_fx.ir import Size
 
 SHAPES = [(6, 4), (3, 4), (2, 2, 3), (24,)]
@@ -161,52 +160,6 @@ def test_half_precision_is_kept():
     full = GENERATORS["wavg"].generate({k: v.float() for k, v in tensors.items()}, shapes, size)
     for a, b in zip(weights, full, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
-
-
-def test_mix_is_its_formula():
-    templates, coefficients = torch.randn(3, 5), torch.randn(6, 3)
-    weights = mix(templates, coefficients, ((2, 5), (3,), (5, 1), (2, 3)))
-    rows = coefficients @ templates
-    assert [tuple(weight.shape) for weight in weights] == [(2, 5), (3,), (5, 1), (2, 3)]
-    torch.testing.assert_close(weights[0], rows[:2])
-    torch.testing.assert_close(weights[1], rows[2, :3])
-    torch.testing.assert_close(weights[2], rows[3][:, None])
-    torch.testing.assert_close(weights[3], rows[4:].flatten()[:6].view(2, 3))
-
-
-def test_a_weight_without_gradient_gives_none_to_its_rows():
-    templates = torch.randn(2, 4, requires_grad=True)
-    coefficients = torch.randn(3, 2, requires_grad=True)
-    first, _, third = mix(templates, coefficients, ((4,), (4,), (2,)))
-    (first.sum() + third.sum()).backward()
-    assert torch.equal(coefficients.grad[1], torch.zeros(2))
-    assert coefficients.grad[[0, 2]].abs().min() > 0
-    expected = coefficients[0].outer(torch.ones(4))
-    expected[:, :2] += coefficients[2].outer(torch.ones(2))
-    torch.testing.assert_close(templates.grad, expected)
-
-
-def test_gradients_of_gradients():
-    torch.manual_seed(0)
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (4, 2))]
-
-    def joined(templates, coefficients):
-        return torch.cat([w.flatten() for w in mix(templates, coefficients, ((6,), (2, 2)))])
-
-    assert torch.autograd.gradcheck(joined, inputs)
-    assert torch.autograd.gradgradcheck(joined, inputs)
-
-
-def test_a_weight_that_is_not_used_takes_no_part_in_the_gradient():
-    torch.manual_seed(0)
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3), (5, 2))]
-    for used in ((0,), (1,), (0, 2), (1, 2)):
-
-        def some(templates, coefficients, used=used):
-            weights = mix(templates, coefficients, ((6,), (2, 2), (3,)))
-            return torch.cat([weights[k].flatten() for k in used])
-
-        assert torch.autograd.gradcheck(some, inputs)
 
 
 def test_moments_of_odd_weights():

@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from npas_fx import plan_of, transform
 from npas_fx.examples.residual_cnn import ResidualCNN
@@ -22,7 +22,7 @@ SHAPES = [
     ((6, 4), (3, 4), (2, 2, 3), (24,)),
     ((7,), (7,), (7,), (7,), (7,), (12,), (12,), (3,)),
 ]
-SIZES = [(1, 1), (1, 6), (2, 3), (3, 5), (2, 12), (4, 7)]
+SIZES = [(1, 1), (1, 6), (2, 3), (3, 5), (3, 12), (4, 7)]
 
 
 @pytest.fixture(params=["long pieces", "short pieces"])
@@ -127,12 +127,27 @@ def test_a_weight_without_gradient_gives_none_to_its_rows():
 
 
 def test_half_precision_adds_up_many_pieces(monkeypatch):
-    monkeypatch.setattr(product, "MIN_COLUMNS", 16)
-    monkeypatch.setattr(product, "CACHED", 16)
-    templates = torch.ones(2, 4096, dtype=torch.bfloat16)
-    coefficients = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
-    flat(mix(templates, coefficients, ((4096,),) * 3)).sum().backward()
-    assert torch.equal(coefficients.grad, torch.full((3, 2), 4096, dtype=torch.bfloat16))
+    monkeypatch.setattr(product, "MIN_COLUMNS", 8)
+    monkeypatch.setattr(product, "CACHED", 8)
+    templates = torch.ones(3, 4096, dtype=torch.bfloat16)
+    coefficients = torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    flat(mix(templates, coefficients, ((4096,),) * 4)).sum().backward()
+    assert torch.equal(coefficients.grad, torch.full((4, 3), 4096, dtype=torch.bfloat16))
+
+
+@pytest.mark.usefixtures("_pieces")
+@cases
+def test_all_memory_is_written(size, shapes):
+    """Uninitialised memory is made of NaN here."""
+    inputs = [t.requires_grad_() for t in operands(size, shapes)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        weights = mix(*inputs, shapes)
+        for used in (weights, weights[:1], weights[-1:]):
+            gradients = torch.autograd.grad(flat(used).sum(), inputs, retain_graph=True)
+            assert all(gradient.isfinite().all() for gradient in (*used, *gradients))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_memory_of_large_weights_is_freed_one_by_one(monkeypatch):
@@ -194,6 +209,37 @@ def test_gradients_of_only_some_weights_may_be_batched(order):
     ours = vmap(order(loss(mix)), (None, 0))(templates, inputs)
     theirs = torch.stack([order(loss(by_formula))(templates, x) for x in inputs])
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("_pieces")
+@cases
+def test_operands_may_be_batched_where_gradients_are_not(size, shapes):
+    both = operands(size, shapes)
+    toward = torch.randn(sum(map(math.prod, shapes)), dtype=torch.float64)
+
+    def gradients(rule, templates, coefficients):
+        _, back = vjp(lambda *both: flat(rule(*both, shapes)), templates, coefficients)
+        return back(toward)
+
+    stacked = [torch.stack([t, 2 * t]) for t in both]
+    with torch.no_grad():  # then nobody asks for gradients of gradients
+        ours = vmap(gradients, (None, 0, 0))(mix, *stacked)
+    for k in range(2):
+        theirs = gradients(by_formula, *(t[k] for t in stacked))
+        torch.testing.assert_close(tuple(t[k] for t in ours), theirs)
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("create_graph", [False, True])
+@cases
+def test_gradients_are_not_cast_under_autocast(size, shapes, create_graph):
+    inputs = [t.requires_grad_() for t in operands(size, shapes, dtype=torch.float32)]
+    total = flat(mix(*inputs, shapes)).sum()
+    plain = torch.autograd.grad(total, inputs, create_graph=create_graph, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.autograd.grad(total, inputs, create_graph=create_graph)
+    for mine, other in zip(under, plain, strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
