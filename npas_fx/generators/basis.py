@@ -13,6 +13,7 @@ from npas_fx.generators import mixing
 from npas_fx.generators.birth import draw_rows
 from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
 from npas_fx.ir import Size
+from npas_fx.ir.matrix import as_matrix
 
 # Ranks that are proposed differ by this factor.
 _SPACING = 1.3
@@ -36,7 +37,7 @@ class Basis:
 
     def propose(self, shapes: Shapes, *, above: bool) -> Iterator[Size]:
         """Yield ranks from 1 to what costs as much as the weights; more could not be of use."""
-        if any(1 in matrix_of(shape) for shape in shapes):
+        if any(1 in as_matrix(shape) for shape in shapes):
             return
         dimensions = _shared_dimensions(shapes)
         if len(shapes) == 1:  # both ways are one: C B = (B^T C^T)^T
@@ -49,7 +50,7 @@ class Basis:
         """Templates are as long as a dimension that the weights share, and no more than that."""
         dimensions = _shared_dimensions(shapes)
         if not dimensions:
-            matrices = ", ".join(f"{rows} x {columns}" for rows, columns in map(matrix_of, shapes))
+            matrices = ", ".join(f"{rows} x {columns}" for rows, columns in map(as_matrix, shapes))
             return f"as matrices, its weights agree in rows or in columns; {matrices} do not"
         if size.template_size not in dimensions:
             allowed = " or ".join(map(str, dimensions))
@@ -104,18 +105,13 @@ class Basis:
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
         """Mix all rows, or all columns, in one product."""
-        if all(matrix_of(shape)[1] == size.template_size for shape in shapes):
+        if all(as_matrix(shape)[1] == size.template_size for shape in shapes):
             return mixing.mix_sites(tensors, shapes, size)
-        transposed = mixing.mix_sites(tensors, [matrix_of(shape)[::-1] for shape in shapes], size)
+        transposed = mixing.mix_sites(tensors, [as_matrix(shape)[::-1] for shape in shapes], size)
         return tuple(
             matrix.t().contiguous().view(shape)
             for matrix, shape in zip(transposed, shapes, strict=True)
         )
-
-
-def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a weight as a matrix with a row for each output."""
-    return shape[0], math.prod(shape[1:])
 
 
 def spread(most: int, factor: float) -> Iterator[int]:
@@ -128,7 +124,7 @@ def spread(most: int, factor: float) -> Iterator[int]:
 
 def _shared_dimensions(shapes: Shapes) -> tuple[int, ...]:
     """The columns and the rows that all weights have; once, if they are as many."""
-    rows, columns = map(set, zip(*map(matrix_of, shapes), strict=True))
+    rows, columns = map(set, zip(*map(as_matrix, shapes), strict=True))
     return tuple(dict.fromkeys(min(each) for each in (columns, rows) if len(each) == 1))
 
 

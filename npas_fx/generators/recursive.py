@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from npas_fx.generators import mixing
-from npas_fx.generators.basis import matrix_of, spread
+from npas_fx.generators.basis import spread
 from npas_fx.generators.birth import PLAIN, constant, draw_normal, match_moments, typical_std
 from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
 from npas_fx.ir import Size
+from npas_fx.ir.matrix import as_matrix
 
 # Ranks that are proposed differ by this factor.
 _SPACING = 1.4
@@ -45,7 +46,7 @@ class Recursive:
             return "it takes two weights at least: one alone would share with none"
         if len(set(shapes)) > 1:
             return f"its weights have one shape, {', '.join(map(str, shapes))} differ"
-        numel, full = math.prod(shapes[0]), min(matrix_of(shapes[0]))
+        numel, full = math.prod(shapes[0]), min(as_matrix(shapes[0]))
         if (size.num_templates, size.template_size) != (1, numel):
             return f"its weights share one template of {numel} elements"
         if not 1 <= size.rank <= full:
@@ -54,7 +55,7 @@ class Recursive:
 
     def enlarge(self, shapes: Shapes, size: Size, parameters: int) -> Size | None:
         """Raise the rank by a twentieth or what is affordable, as far as sizes are proposed."""
-        affordable = parameters // (len(shapes) * sum(matrix_of(shapes[0])))
+        affordable = parameters // (len(shapes) * sum(as_matrix(shapes[0])))
         more = min(max(1, size.rank // 20), affordable, _most_rank(shapes) - size.rank)
         return replace(size, rank=size.rank + more) if more > 0 else None
 
@@ -66,7 +67,7 @@ class Recursive:
     def flops(self, shapes: Shapes, size: Size) -> int:
         """For each element one to scale, two for each rank; and the gains of the left factors."""
         each = 1 + 2 * size.rank + 2 * size.partial_rows
-        return len(shapes) * (each * math.prod(shapes[0]) + size.rank * shapes[0][0])
+        return len(shapes) * (each * math.prod(shapes[0]) + size.rank * as_matrix(shapes[0])[0])
 
     def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """Of matrices ``(O, I)`` with residuals of rank ``r``, and the partial one if there is one.
@@ -74,7 +75,7 @@ class Recursive:
         ``templates (O, I)``, ``coefficients (S, 1)``, ``templates_left (S O, r)``,
         ``templates_right (S r, I)``, ``partial (1, n)``.
         """
-        rows, columns = matrix_of(shapes[0])
+        rows, columns = as_matrix(shapes[0])
         owned = {
             "templates": (rows, columns),
             "coefficients": (len(shapes), 1),
@@ -98,7 +99,7 @@ class Recursive:
         make the weight. Constant weights have a coefficient and a left factor of zero: both have
         gradients at once, and so has the partial template, which only gains scale.
         """
-        rows, columns = matrix_of(shapes[0])
+        rows, columns = as_matrix(shapes[0])
         count, rank, std = len(shapes), size.rank, typical_std(moments)
         own = rank * (rows + columns)
         share = own / (own + rows * columns)
@@ -120,7 +121,7 @@ class Recursive:
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:
         """Add all residuals to what is shared in one product; weights are views of its result."""
-        count, (rows, columns) = len(shapes), matrix_of(shapes[0])
+        count, (rows, columns) = len(shapes), as_matrix(shapes[0])
         gain = tensors["gain"][:, None, None]
         shared = gain * tensors["coefficients"][:, :, None] * tensors["templates"]
         left = gain * tensors["templates_left"].view(count, rows, size.rank)
@@ -131,6 +132,6 @@ class Recursive:
 
 def _most_rank(shapes: Shapes) -> int:
     """The largest rank with which the bank is smaller than its weights; it is below the full."""
-    rows, columns = matrix_of(shapes[0])
+    rows, columns = as_matrix(shapes[0])
     left = (len(shapes) - 1) * rows * columns - len(shapes)  # beside template and coefficients
     return (left - 1) // (len(shapes) * (rows + columns))

@@ -23,6 +23,7 @@ from npas_fx.generators.birth import (
 from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
 from npas_fx.generators.wavg import ALIGNMENT
 from npas_fx.ir import Size
+from npas_fx.ir.matrix import as_matrix
 
 # Numbers of templates that are proposed, and elements of the shortest.
 TEMPLATE_COUNTS = (1, 2, 4)
@@ -366,12 +367,6 @@ class Resized:
         while (read := self._num_read(shape, length)) < length:
             length = read
         return length
-
-
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a weight: a row for each place along its first axis longer than 1."""
-    rows = next((length for length in shape if length > 1), 1)
-    return rows, math.prod(shape) // rows
 
 
 def small_image(shape: tuple[int, ...], length: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from npas_fx.ir import Inventory, Site
+from npas_fx.ir import Inventory
+from npas_fx.ir.matrix import as_matrix
 
 _Array = npt.NDArray[np.float64]
 
@@ -213,7 +214,7 @@ def profile_structure(
         depth=np.array([site.depth for site in sites], float),
         classes=classes,
         numel=np.array([site.numel for site in sites], np.int64),
-        full_rank=np.array([_full_rank(site) for site in sites], np.int64),
+        full_rank=np.array([min(as_matrix(site.shape)) for site in sites], np.int64),
         assumptions=assumptions,
     )
 
@@ -232,11 +233,6 @@ def _mean_difference(classes: npt.NDArray[np.int64], importance: _Array) -> floa
     total = importance.sum()
     same = np.bincount(classes, weights=importance)
     return float(same @ (total - same) / total)
-
-
-def _full_rank(site: Site) -> int:
-    rows = next((length for length in site.shape if length > 1), 1)
-    return min(rows, max(1, site.numel // rows))
 
 
 def _round(price: float) -> float:

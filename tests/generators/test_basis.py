@@ -19,6 +19,8 @@ BASIS = Basis()
 
 
 def matrix(shape):
+    if shape[0] == 1 and len(shape) > 1:
+        return matrix(shape[1:])
     return shape[0], math.prod(shape[1:])
 
 
@@ -52,12 +54,12 @@ def of_as_many_rows():
 @st.composite
 def banks(draw):
     """Shapes of weights that are no single elements, and a size that need not be worth it."""
+    axis = draw(st.integers(0, 1))
+    shapes = draw(of_as_many_columns() if axis else of_as_many_rows())
     if draw(st.booleans()):
-        shapes = draw(of_as_many_columns())
-        dimension = matrix(shapes[0])[1]
-    else:
-        shapes = draw(of_as_many_rows())
-        dimension = matrix(shapes[0])[0]
+        shapes = ((1, *shapes[0]), *shapes[1:])
+    dimension = matrix(shapes[0])[axis]
+    assume(all(matrix(shape)[axis] == dimension for shape in shapes))
     assume(all(math.prod(shape) > 1 for shape in shapes))
     size = Size(
         num_templates=draw(st.integers(1, dimension)),

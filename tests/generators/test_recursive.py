@@ -22,6 +22,8 @@ RECURSIVE = Recursive()
 
 
 def matrix(shape):
+    if shape[0] == 1 and len(shape) > 1:
+        return matrix(shape[1:])
     return shape[0], math.prod(shape[1:])
 
 
