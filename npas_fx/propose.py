@@ -13,8 +13,8 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from npas_fx.generators import GENERATORS, Generator
-from npas_fx.generators.generator import Mixture, Shapes, num_parameters, shapes_of
-from npas_fx.ir import Candidate, Profile, Site, Size
+from npas_fx.generators.generator import Shapes, num_parameters, shapes_of
+from npas_fx.ir import Candidate, Mixture, Profile, Site, Size
 from npas_fx.rules import Rules
 
 # Indices of the sites of a bank, increasing; and such sets that are never apart.
@@ -153,7 +153,7 @@ def price_option(
     """Price a bank whose parameters are counted."""
     price = 0.0
     if option.generator != "dedicated":
-        price = profile.price(members, *option.mixture)
+        price = profile.price(members, option.mixture)
     return Candidate(
         sites=members,
         generator=option.generator,

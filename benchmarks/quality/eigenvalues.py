@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from npas_fx.ir import Inventory, Site
+from npas_fx.ir import Inventory, Mixture, Site
 from npas_fx.profiles.structure import ROLE_FACTORS
 
 # How alike two weights are: the sum of what they have in common.
@@ -49,22 +49,15 @@ class Eigenvalues:
     def _spectra(self) -> dict[tuple[int, ...], tuple[list[float], float, float]]:
         return {}
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
         """Price of a bank, whatever its weights have of their own."""
         left, conflict, importance = self._spectrum(tuple(sites))
-        if share >= 1:
+        if mixture.share >= 1:
             return 0.0
-        reach = share * (len(left) - 1)
+        reach = mixture.share * (len(left) - 1)
         whole = min(int(reach), len(left) - 2)  # numpy.interp, called for each candidate, is slow
         tail = left[whole] + (reach - whole) * (left[whole + 1] - left[whole])
-        return tail + (1 - share) * (_CONFLICT * conflict + _SHARING * importance)
+        return tail + (1 - mixture.share) * (_CONFLICT * conflict + _SHARING * importance)
 
     def _spectrum(self, sites: tuple[int, ...]) -> tuple[list[float], float, float]:
         if sites not in self._spectra:

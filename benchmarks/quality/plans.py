@@ -15,7 +15,7 @@ from torch import nn
 import npas_fx
 from npas_fx.generators import GENERATORS
 from npas_fx.generators.generator import shapes_of
-from npas_fx.ir import Inventory, Plan, Site
+from npas_fx.ir import Inventory, Mixture, Plan, Site
 from npas_fx.ir.size import Size
 
 Groups = Sequence[Sequence[str]]
@@ -91,20 +91,13 @@ class Proportional:
         """Not used, since the groups are given."""
         return np.zeros((len(self.inventory.sites),) * 2)
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
         """Quadratic in the missing share, so that equal shares are cheapest."""
         numel = sum(self.inventory.sites[k].numel for k in sites)
         total = sum(site.numel for site in self.inventory.sites)
-        if share > 1:
-            return -1e-3 * numel / total * math.log2(share)
-        return max(numel / total * (1 - share) ** 2, 1e-9)
+        if mixture.share > 1:
+            return -1e-3 * numel / total * math.log2(mixture.share)
+        return max(numel / total * (1 - mixture.share) ** 2, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +126,9 @@ class Drawn:
         np.fill_diagonal(symmetric, 0)
         return symmetric
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
         """A random factor of the bank, times what each of its sites shares."""
-        reuse = max(-math.log(share), 1e-9)
+        reuse = max(-math.log(mixture.share), 1e-9)
         own = math.exp(np.random.default_rng([self.seed, 1, *sites]).normal() / 2)
         return own * reuse * sum(self._worth(self.inventory.sites[k]) for k in sites)
 

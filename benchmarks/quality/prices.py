@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from npas_fx.ir import Inventory, Profile
+from npas_fx.ir import Inventory, Mixture, Profile
 from npas_fx.profiles.structure import ROLE_FACTORS, UNLIKE, Assumptions, profile_structure
 from quality.eigenvalues import profile_eigenvalues
 from quality.plans import read_banks
@@ -34,18 +34,11 @@ class Missing:
         count = len(self.inventory.sites)
         return np.ones((count, count)) - np.eye(count)
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
-        """Price of a bank that owns ``share`` of the parameters of its sites."""
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
+        """Price of a bank that owns a share of the parameters of its sites."""
         total = sum(site.numel for site in self.inventory.sites)
         part = sum(self.inventory.sites[k].numel for k in sites) / total
-        return part * self.of_share(share)
+        return part * self.of_share(mixture.share)
 
 
 def _assume(**changes: object) -> Callable[[Inventory], Profile]:
@@ -97,5 +90,7 @@ def price_plan(profile: Profile, inventory: Inventory, described: str) -> float:
             numels = [inventory.sites[k].numel for k in sites]
             owned = size.num_templates * size.template_size + size.num_partial
             parts = size.rows(numels) / len(sites)
-            prices.append(profile.price(sites, owned / sum(numels), size.num_templates, parts))
+            prices.append(
+                profile.price(sites, Mixture(owned / sum(numels), size.num_templates, parts))
+            )
     return math.fsum(prices)

@@ -10,13 +10,15 @@ from npas_fx.generators.avg import Average
 from npas_fx.generators.basis import Basis
 from npas_fx.generators.dedicated import Dedicated
 from npas_fx.generators.emb import LayerEmbedding
-from npas_fx.generators.generator import Generator, Mixture, Moments, Tensors
+from npas_fx.generators.generator import Generator, Moments, Tensors
 from npas_fx.generators.recursive import Recursive
-from npas_fx.generators.resized import RULES, Resized
+from npas_fx.generators.resized import Resized
+from npas_fx.generators.stretching import RULES
 from npas_fx.generators.superweight import SuperWeight
 from npas_fx.generators.tied import Tied
 from npas_fx.generators.wavg import WeightedAverage
 from npas_fx.generators.within import Within
+from npas_fx.ir import Mixture
 
 # What the planner may choose from where the user does not say: docs/evidence.md.
 DEFAULT_GENERATORS = ("dedicated", "tied", "wavg")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from npas_fx.generators import mixing
 from npas_fx.generators.birth import PLAIN, constant, draw_normal, match_moments, typical_std
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
-from npas_fx.generators.wavg import ALIGNMENT, MAX_TEMPLATES, WeightedAverage
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.generators.wavg import MAX_TEMPLATES, WeightedAverage, choose_tile
+from npas_fx.ir import Mixture, Size
 
 _WAVG = WeightedAverage()
 
@@ -174,17 +174,10 @@ def _tell_apart(size: Size, shapes: Shapes) -> Size:
         return size
     owned = size.num_templates * size.template_size
     for count in range(max(2, math.ceil(owned / largest)), MAX_TEMPLATES + 1):
-        length = _choose_tile(max(1, owned // count), count, shapes)
+        length = choose_tile(max(1, owned // count), 0, count, set(shapes))
+        assert length is not None  # as long as 1 will do
         size = Size(num_templates=count, template_size=length)
         rows = size.rows(numels)
         if math.comb(count, num_averaged(rows, count)) >= rows and _all_read(numels, size):
             break
     return size
-
-
-def _choose_tile(longest: int, num_templates: int, shapes: Shapes) -> int:
-    """Find a tile of at most this length to which wavg would enlarge one that is a bit shorter."""
-    shorter = max(1, longest - max(ALIGNMENT, longest // 20))
-    size = Size(num_templates=num_templates, template_size=shorter)
-    found = _WAVG.enlarge(shapes, size, num_templates * (longest - shorter))
-    return longest if found is None else found.template_size

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from npas_fx.generators import mixing
-from npas_fx.generators.birth import draw_rows
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Shapes, Tensors, num_parameters
+from npas_fx.generators.wavg import WeightedAverage
+from npas_fx.ir import Mixture, Size
 from npas_fx.ir.matrix import as_matrix
 
 # Ranks that are proposed differ by this factor.
 _SPACING = 1.3
 
 
-class Basis:
+class Basis(WeightedAverage):
     """``W_i = offset_i + gain_i * C_i B``, or ``(C_i B)^T``, for matrices that share a dimension.
 
-    A weight is a matrix with a row for each output. Of as many columns in all weights, each row is
+    That is ``wavg`` with tiles that are rows, or columns: a weight is a matrix with a row for each
+    output, of as many columns in all weights, each row is
     a mix of the ``r`` rows of ``B``, ``(r, columns)``; of as many rows, each column is one, of
     ``B``, ``(r, rows)``. So no weight has a rank above ``r``. The coefficients ``C_i`` are all that
     a weight owns, and of one weight by itself this is a product of two factors. In a size,
-    ``num_templates`` is ``r`` and ``template_size`` the dimension that is shared. Gains are
-    constants, as in ``wavg``.
+    ``num_templates`` is ``r`` and ``template_size`` the dimension that is shared.
 
-    Source: Wang et al., Basis Sharing, section 3; there an SVD of trained weights finds basis and
+    Source: Wang et al., Basis Sharing; there an SVD of trained weights finds basis and
     coefficients. Drawing them, to be trained from scratch, is ours.
     """
 
@@ -73,34 +72,6 @@ class Basis:
             templates=size.num_templates,
             parts=1,
             rank=size.num_templates + size.partial_rows,
-        )
-
-    def flops(self, shapes: Shapes, size: Size) -> int:
-        """Two for each rank and element."""
-        return mixing.count_flops(shapes, size)
-
-    def parameters(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
-        """``templates (r, P)``, ``coefficients (R, r)``, and ``partial (1, n)`` if there is one.
-
-        Of ``R`` rows or columns of all weights, and ``P`` elements in each.
-        """
-        coefficients = (mixing.num_rows(shapes, size), size.num_templates)
-        return {**mixing.template_shapes(size), "coefficients": coefficients}
-
-    def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
-        """``gain (S,)``, and ``partial_coefficients`` if there is a partial template."""
-        return {**mixing.constant_shapes(shapes, size), "gain": (len(shapes),)}
-
-    def birth(
-        self, shapes: Shapes, size: Size, moments: Sequence[Moments], random: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Draw basis and coefficients; see ``mixing.draw``. Transposing keeps the moments."""
-        return mixing.draw(
-            shapes,
-            size,
-            moments,
-            random,
-            lambda: draw_rows(mixing.num_rows(shapes, size), size.num_templates, random),
         )
 
     def generate(self, tensors: Tensors, shapes: Shapes, size: Size) -> tuple[Tensor, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.ir import Mixture, Size
 
 
 class Dedicated:

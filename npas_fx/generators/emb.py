@@ -19,9 +19,9 @@ from npas_fx.generators.birth import (
     match_moments,
     typical_std,
 )
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
+from npas_fx.generators.generator import Moments, Shapes, Tensors, num_parameters
 from npas_fx.generators.wavg import WeightedAverage
-from npas_fx.ir import Size
+from npas_fx.ir import Mixture, Size
 
 # A size is proposed if a bank of it costs at most this many times as much as one of wavg.
 MOST_COST = 1.05

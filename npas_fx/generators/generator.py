@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from npas_fx.ir import Site, Size
+from npas_fx.ir import Mixture, Site, Size
 
 Shapes: TypeAlias = Sequence[tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -37,23 +37,6 @@ class Moments:
             return cls(mean=low.item(), std=0.0)
         std, mean = torch.std_mean(weight.double(), correction=0)
         return cls(mean=mean.item(), std=std.item())
-
-
-class Mixture(NamedTuple):
-    """How much a bank shares, as far as prices ask; see ``Profile.price``.
-
-    Attributes:
-        share: parameters that the weights are made of, as a share of their elements.
-        templates: that each part of a weight is mixed from.
-        parts: that a weight is cut into, each with coefficients of its own; a mean over weights.
-        rank: of a generated weight at most, as a matrix with a row for each output; None where
-            only the number of parameters limits it.
-    """
-
-    share: float
-    templates: float
-    parts: float
-    rank: int | None = None
 
 
 class Generator(Protocol):

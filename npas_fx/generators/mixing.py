@@ -17,17 +17,19 @@ from npas_fx.generators.birth import (
     match_moments,
     typical_std,
 )
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
-from npas_fx.generators.product import mix as mix
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.generators.product import mix
+from npas_fx.ir import Mixture, Size
 
 
 def template_shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Shapes of the templates and, where there is one, of the partial template."""
-    owned: dict[str, tuple[int, ...]] = {"templates": (size.num_templates, size.template_size)}
-    if size.num_partial:
-        owned["partial"] = (1, size.num_partial)
-    return owned
+    return {"templates": (size.num_templates, size.template_size), **partial_shapes(size)}
+
+
+def partial_shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """Shape of the partial template, where there is one."""
+    return {"partial": (1, size.num_partial)} if size.num_partial else {}
 
 
 def constant_shapes(shapes: Shapes, size: Size) -> dict[str, tuple[int, ...]]:

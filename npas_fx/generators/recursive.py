@@ -12,8 +12,8 @@ from torch import Tensor
 from npas_fx.generators import mixing
 from npas_fx.generators.basis import spread
 from npas_fx.generators.birth import PLAIN, constant, draw_normal, match_moments, typical_std
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors, num_parameters
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors, num_parameters
+from npas_fx.ir import Mixture, Size
 from npas_fx.ir.matrix import as_matrix
 
 # Ranks that are proposed differ by this factor.
@@ -76,15 +76,13 @@ class Recursive:
         ``templates_right (S r, I)``, ``partial (1, n)``.
         """
         rows, columns = as_matrix(shapes[0])
-        owned = {
+        return {
             "templates": (rows, columns),
             "coefficients": (len(shapes), 1),
             "templates_left": (len(shapes) * rows, size.rank),
             "templates_right": (len(shapes) * size.rank, columns),
+            **mixing.partial_shapes(size),
         }
-        if size.num_partial:
-            owned["partial"] = (1, size.num_partial)
-        return owned
 
     def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """``gain (S,)``, and ``partial_coefficients`` if there is a partial template."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from npas_fx.generators import mixing
 from npas_fx.generators.birth import constant, draw_normal, draw_rows, match_moments, typical_std
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
+from npas_fx.generators.generator import Moments, Shapes, Tensors
 from npas_fx.generators.wavg import MAX_TEMPLATES
-from npas_fx.ir import Size
+from npas_fx.ir import Mixture, Size
 
 # Extents along (O, I, T): the first axis, the second, all others as one.
 _Box: TypeAlias = tuple[int, int, int]
@@ -166,9 +166,7 @@ class SuperWeight:
             owned[f"coefficients_{p}"] = (self._num_rows(piece), n)
         if self.shares_coefficients:
             owned["gain"] = (len(shapes),)
-        if size.num_partial:
-            owned["partial"] = (1, size.num_partial)
-        return owned
+        return owned | mixing.partial_shapes(size)
 
     def buffers(self, shapes: Shapes, size: Size) -> Mapping[str, tuple[int, ...]]:
         """``gain (S,)`` if it is not trained, ``partial_coefficients`` where there is a partial."""
@@ -216,7 +214,7 @@ class SuperWeight:
             if not shared:
                 gain = torch.stack([gains[k] for k in piece.users])
                 coefficients = gain[:, None] * coefficients
-            # Not mixing.mix: rows that are joined anyway need no memory of their own.
+            # Not product.mix: rows that are joined anyway need no memory of their own.
             mixed = torch.mm(coefficients, tensors[f"templates_{p}"])
             users = (0,) if shared else piece.users
             for place, rows in enumerate(_split(mixed, piece.boxes)):

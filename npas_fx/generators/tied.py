@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from npas_fx.generators import mixing
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.ir import Mixture, Size
 
 
 class Tied:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from npas_fx.generators import mixing
 from npas_fx.generators.birth import draw_rows
-from npas_fx.generators.generator import Mixture, Moments, Shapes, Tensors
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Moments, Shapes, Tensors
+from npas_fx.ir import Mixture, Size
 
 # Mixing K templates costs K multiplications for each generated element; the reference stops at 8.
 MAX_TEMPLATES = 16
@@ -47,7 +47,7 @@ class WeightedAverage:
         numels = [math.prod(shape) for shape in shapes]
         total, largest, count = sum(numels), max(numels), len(numels)
         distinct = set(shapes)
-        smallest = _choose_tile(max(1, round(math.sqrt(total))), 0, 1, distinct)
+        smallest = choose_tile(max(1, round(math.sqrt(total))), 0, 1, distinct)
         assert smallest is not None
         sizes = {Size(num_templates=1, template_size=smallest)}
         if len(set(numels)) == 1:
@@ -80,7 +80,7 @@ class WeightedAverage:
         if room:
             step = max(ALIGNMENT, size.template_size // 20)
             longest = size.template_size + min(room, parameters // size.num_templates, step)
-            longer = _choose_tile(longest, size.template_size, size.num_templates, set(shapes))
+            longer = choose_tile(longest, size.template_size, size.num_templates, set(shapes))
             return None if longer is None else replace(size, template_size=longer)
         affordable = parameters // (size.template_size + size.rows(numels))
         more = min(affordable, max(1, size.num_templates // 20))
@@ -124,10 +124,10 @@ def _whole(numel: int, num_templates: int) -> Size:
     return Size(num_templates=num_templates, template_size=numel)
 
 
-def _choose_tile(
+def choose_tile(
     longest: int, least: int, num_templates: int, shapes: Collection[tuple[int, ...]]
 ) -> int | None:
-    """Find a long tile that is out of step with the rows of the weights.
+    """Find a long tile that is out of step with the rows of the weights; None if there is none.
 
     A row that starts where another one starts in its tile is mixed from the same parts of the
     templates. Tiles as long as some rows make all start in few places, others in many, so that a
@@ -167,6 +167,6 @@ def _tiles(wanted: float, total: int, shapes: Collection[tuple[int, ...]]) -> It
     num_templates = max(1, min(TILE_TEMPLATES, affordable))
     if wanted < total:
         longest = max(1, round(wanted / num_templates))
-        template_size = _choose_tile(longest, 0, num_templates, shapes)
+        template_size = choose_tile(longest, 0, num_templates, shapes)
         assert template_size is not None
         yield Size(num_templates=num_templates, template_size=template_size)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from npas_fx.errors import NPASError
 from npas_fx.generators.birth import match_moments
-from npas_fx.generators.generator import Generator, Mixture, Moments, Shapes, Tensors
-from npas_fx.ir import Size
+from npas_fx.generators.generator import Generator, Moments, Shapes, Tensors
+from npas_fx.ir import Mixture, Size
 
 
 class Within:

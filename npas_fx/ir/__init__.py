@@ -2,7 +2,7 @@
 
 from npas_fx.ir.bank_plan import BankPlan, Certificate, Plan
 from npas_fx.ir.budget import Budget
-from npas_fx.ir.candidate import Candidate, Profile
+from npas_fx.ir.candidate import Candidate, Mixture, Profile
 from npas_fx.ir.inventory import Inventory, Kept, Opaque, Repeats, Site
 from npas_fx.ir.size import Size
 
@@ -13,6 +13,7 @@ __all__ = [
     "Certificate",
     "Inventory",
     "Kept",
+    "Mixture",
     "Opaque",
     "Plan",
     "Profile",

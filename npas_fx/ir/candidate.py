@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,24 @@ class Candidate:
     price: float
 
 
+class Mixture(NamedTuple):
+    """How much a bank shares, as far as prices ask.
+
+    Attributes:
+        share: parameters that the weights are made of, as a share of their elements.
+        templates: that each part of a weight is mixed from; 1 for weights that are one and the
+            same up to a factor.
+        parts: that a weight is cut into, each with coefficients of its own; a mean over weights.
+        rank: of a generated weight at most, as a matrix with a row for each output; None where
+            only the number of parameters limits it.
+    """
+
+    share: float
+    templates: float
+    parts: float
+    rank: int | None = None
+
+
 class Profile(Protocol):
     """The evidence behind distances and prices."""
 
@@ -44,21 +62,10 @@ class Profile(Protocol):
     def distance(self) -> npt.NDArray[np.float64]:
         """``(S, S)``, how unlike the ideal weights of two sites are; symmetric."""
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
         """Price of a bank.
 
         Args:
             sites: its members.
-            share: templates and alike that it owns, as a share of the parameters of its sites.
-            templates: that each part of a weight is mixed from; 1 for weights that are one and the
-                same up to a factor.
-            parts: that a weight is cut into, each with coefficients of its own, a mean over sites.
-            rank: that a weight of the bank can have at most, where its generator limits it.
+            mixture: how much it shares.
         """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from npas_fx.ir import Inventory
+from npas_fx.ir import Inventory, Mixture
 from npas_fx.ir.matrix import as_matrix
 
 _Array = npt.NDArray[np.float64]
@@ -136,16 +136,10 @@ class StructureProfile:
     def _banks(self) -> dict[tuple[int, ...], _Bank]:
         return {}
 
-    def price(
-        self,
-        sites: Sequence[int],
-        share: float,
-        templates: float,
-        parts: float,
-        rank: int | None = None,
-    ) -> float:
+    def price(self, sites: Sequence[int], mixture: Mixture) -> float:
         """Price of a bank; see ``Profile.price``."""
         bank, assumed = self._describe(tuple(sites)), self.assumptions
+        share, templates, parts, rank = mixture
         if share > 1:
             # Generating a weight costs time whatever the excess: rather two templates for half of
             # the weights than a few more for all, and rather small banks than large ones. An

@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from npas_fx.generators import Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
-from npas_fx.generators.resized import RULES, Resized, small_image
+from npas_fx.generators.resized import Resized
+from npas_fx.generators.stretching import RULES, small_image
 from npas_fx.ir import Size
 from npas_fx.ir.matrix import as_matrix
 

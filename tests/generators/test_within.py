@@ -16,7 +16,8 @@ from npas_fx.banks import Bank
 from npas_fx.generators import GENERATORS, Moments, Within, register_generator
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
-from npas_fx.generators.resized import RULES, Resized
+from npas_fx.generators.resized import Resized
+from npas_fx.generators.stretching import RULES
 from npas_fx.ir import Size
 from npas_fx.verify import verify
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import npas_fx
 from models import GPT, MODELS
-from npas_fx.ir import Inventory
+from npas_fx.ir import Inventory, Mixture
 from npas_fx.passes.capture import capture
 from npas_fx.passes.roles import Part
 from npas_fx.profiles import structure
@@ -48,7 +48,7 @@ def test_prices_fall_with_the_share_and_only_dedicated_weights_are_free(spec, nu
     assume(len(profile.importance))
     sites = sorted({number % len(profile.importance) for number in numbers})
     low, high = sorted(shares)
-    prices = {share: profile.price(sites, share, *cut) for share in shares}
+    prices = {share: profile.price(sites, Mixture(share, *cut)) for share in shares}
     assert prices[low] >= prices[high]
     for share, price in prices.items():
         assert price > 0 if share < 1 else price < 2**-31 if share == 1 else price < 0
@@ -61,7 +61,7 @@ def test_prices_are_coarse_numbers_that_add_up_exactly(spec):
     profile = profile_of(spec.build())
     for k in range(len(profile.importance)):
         for share in (0.1, 0.37, 1.0, 2.5):
-            assert (profile.price([k], share, 4, 1.5) * 2**32).is_integer()
+            assert (profile.price([k], Mixture(share, 4, 1.5)) * 2**32).is_integer()
 
 
 @given(spec=networks(), number=st.integers(0, 20), share=st.floats(1e-4, 0.99))
@@ -75,7 +75,9 @@ def test_what_is_shared_loses_reuse_and_rank(spec, number, share):
     lost = assumed.reuse * -math.log(share) + assumed.rank * (share**-0.5 - 1) / full**0.5
     profile = profile_of(model)
     expected = profile.importance[number] * lost
-    assert profile.price([number], share, 2, 1) == pytest.approx(expected, rel=1e-6, abs=2**-31)
+    assert profile.price([number], Mixture(share, 2, 1)) == pytest.approx(
+        expected, rel=1e-6, abs=2**-31
+    )
 
 
 def test_a_bank_as_large_as_each_of_its_weights_takes_no_rank():
@@ -83,8 +85,8 @@ def test_a_bank_as_large_as_each_of_its_weights_takes_no_rank():
     up = [k for k, s in enumerate(inventory.sites) if s.name.endswith("c_fc.weight")]
     free = profile_structure(inventory, structure.Assumptions(rank=0.0))
     priced = profile_structure(inventory)
-    assert priced.price(up, 0.25, 4, 4) == free.price(up, 0.25, 4, 4)
-    assert priced.price(up, 0.24, 4, 4) > free.price(up, 0.24, 4, 4)
+    assert priced.price(up, Mixture(0.25, 4, 4)) == free.price(up, Mixture(0.25, 4, 4))
+    assert priced.price(up, Mixture(0.24, 4, 4)) > free.price(up, Mixture(0.24, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["mlp", "residual_cnn", "gpt"])
@@ -132,7 +134,7 @@ def test_unlike_weights_cost_more_together():
     assert len(up) == len(down) == 4
 
     def price(*banks, templates=4):
-        return sum(profile.price(bank, 0.5, templates, 1) for bank in banks)
+        return sum(profile.price(bank, Mixture(0.5, templates, 1)) for bank in banks)
 
     assert price(up[:2], down[:2]) < price([up[0], down[0]], [up[1], down[1]])
     assert price(up[:2]) < price([up[0], up[3]])
@@ -140,7 +142,7 @@ def test_unlike_weights_cost_more_together():
     added = [price(pair, templates=1) - price(pair) for pair in (up[:2], [up[0], down[0]])]
     assert 0 < added[0] < added[1]
     # Parts of a weight are unlike, too.
-    assert profile.price(up, 0.5, 2, 1) < profile.price(up, 0.5, 2, 2)
+    assert profile.price(up, Mixture(0.5, 2, 1)) < profile.price(up, Mixture(0.5, 2, 2))
 
 
 @pytest.mark.parametrize("budget", [1.02, 1.1, 1.4])
@@ -187,7 +189,7 @@ def test_names_do_not_matter():
     )
     here, there = profile_structure(inventory), profile_structure(renamed)
     assert np.array_equal(here.distance, there.distance)
-    assert here.price([0, 1, 2], 0.3, 2, 1) == there.price([0, 1, 2], 0.3, 2, 1)
+    assert here.price([0, 1, 2], Mixture(0.3, 2, 1)) == there.price([0, 1, 2], Mixture(0.3, 2, 1))
     assert np.array_equal(here.importance, there.importance)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npas_fx
-from npas_fx.ir import BankPlan, Inventory, Plan, Size
+from npas_fx.ir import BankPlan, Inventory, Mixture, Plan, Size
 from quality.contestant import count_parameters
 from quality.plans import (
     Drawn,
@@ -162,12 +162,12 @@ def test_banks_follow_only_the_given_generators() -> None:
 def test_equal_shares_are_cheapest(first: float, second: float, task: str) -> None:
     profile = Proportional(INVENTORIES[task])
     # Two halves of a bank of the same weights, with what is left for both between them.
-    apart = profile.price([1], first, 4, 1) + profile.price([1], second, 4, 1)
-    assert 2 * profile.price([1], (first + second) / 2, 4, 1) <= apart + 1e-12
-    assert profile.price([1], max(first, second), 4, 1) <= profile.price(
-        [1], min(first, second), 4, 1
+    apart = profile.price([1], Mixture(first, 4, 1)) + profile.price([1], Mixture(second, 4, 1))
+    assert 2 * profile.price([1], Mixture((first + second) / 2, 4, 1)) <= apart + 1e-12
+    assert profile.price([1], Mixture(max(first, second), 4, 1)) <= profile.price(
+        [1], Mixture(min(first, second), 4, 1)
     )
-    assert profile.price([1, 2], first, 4, 1) > 0
+    assert profile.price([1, 2], Mixture(first, 4, 1)) > 0
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -235,17 +235,19 @@ def test_drawn_plans_meet_their_budgets(task: str, share: float) -> None:
 @given(st.integers(0, 1000), st.lists(st.integers(0, 9), min_size=1, unique=True).map(sorted))
 def test_drawn_prices_fall_with_the_share_and_are_never_free(seed: int, sites: list[int]) -> None:
     profile = Drawn(INVENTORIES["pictures"], seed)
-    prices = [profile.price(sites, share, 4, 1) for share in (0.01, 0.1, 0.5, 0.9, 1.0, 3.0)]
+    prices = [
+        profile.price(sites, Mixture(share, 4, 1)) for share in (0.01, 0.1, 0.5, 0.9, 1.0, 3.0)
+    ]
     assert prices == sorted(prices, reverse=True)
     assert prices[-1] > 0
     again = Drawn(INVENTORIES["pictures"], seed)
-    assert [again.price(sites, share, 4, 1) for share in (0.01, 0.1)] == prices[:2]
+    assert [again.price(sites, Mixture(share, 4, 1)) for share in (0.01, 0.1)] == prices[:2]
 
 
 def test_drawn_prices_differ_between_seeds_banks_and_roles() -> None:
     inventory = INVENTORIES["characters"]
     prices = {
-        (seed, sites): Drawn(inventory, seed).price(sites, 0.5, 4, 1) / len(sites)
+        (seed, sites): Drawn(inventory, seed).price(sites, Mixture(0.5, 4, 1)) / len(sites)
         for seed in range(5)
         for sites in ((2,), (3,), (2, 3), (2, 4))
     }
@@ -259,7 +261,7 @@ def test_each_seed_draws_factors_of_banks_and_of_roles() -> None:
     logarithms = np.array(
         [
             [
-                math.log(Drawn(INVENTORIES["characters"], seed).price(bank, 0.5, 4, 1))
+                math.log(Drawn(INVENTORIES["characters"], seed).price(bank, Mixture(0.5, 4, 1)))
                 for bank in banks
             ]
             for seed in range(5)

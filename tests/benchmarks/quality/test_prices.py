@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npas_fx
-from npas_fx.ir import Plan, Profile
+from npas_fx.ir import Mixture, Plan, Profile
 from npas_fx.profiles.structure import (
     ROLE_FACTORS,
     UNLIKE,
@@ -63,14 +63,18 @@ def test_sharing_costs_something_and_more_the_less_a_bank_owns(
     task = data.draw(st.sampled_from(list(TASKS)))
     profile, sites = PROFILES[price, task], data.draw(sites_of(task))
     lower, higher = sorted([lower, higher])
-    assert profile.price(sites, lower, 4, 1) >= profile.price(sites, higher, 4, 1) >= 0
-    assert profile.price(sites, 0.01, 4, 1) > profile.price(sites, 0.99, 4, 1) > 0
+    assert (
+        profile.price(sites, Mixture(lower, 4, 1))
+        >= profile.price(sites, Mixture(higher, 4, 1))
+        >= 0
+    )
+    assert profile.price(sites, Mixture(0.01, 4, 1)) > profile.price(sites, Mixture(0.99, 4, 1)) > 0
 
 
 @pytest.mark.parametrize("price", PRICES)
 @pytest.mark.parametrize("task", TASKS)
 def test_more_than_all_parameters_cost_nothing(price: str, task: str) -> None:
-    assert PROFILES[price, task].price([0, 1], 2.0, 4, 1) <= 0
+    assert PROFILES[price, task].price([0, 1], Mixture(2.0, 4, 1)) <= 0
 
 
 @pytest.mark.parametrize("price", PRICES)
@@ -153,11 +157,13 @@ def test_a_plan_to_which_nothing_was_added_costs_what_its_certificate_says(price
 def test_as_shipped_is_what_the_planner_uses(task: str, data: st.DataObject, share: float) -> None:
     sites = data.draw(sites_of(task))
     shipped = profile_structure(INVENTORIES[task])
-    assert PROFILES["as shipped", task].price(sites, share, 4, 1) == shipped.price(
-        sites, share, 4, 1
+    assert PROFILES["as shipped", task].price(sites, Mixture(share, 4, 1)) == shipped.price(
+        sites, Mixture(share, 4, 1)
     )
     spelled_out = assume(task, role_factors=ROLE_FACTORS, unlike=UNLIKE, growth=0.5)
-    assert spelled_out.price(sites, share, 4, 1) == shipped.price(sites, share, 4, 1)
+    assert spelled_out.price(sites, Mixture(share, 4, 1)) == shipped.price(
+        sites, Mixture(share, 4, 1)
+    )
 
 
 def price_of(
@@ -169,7 +175,7 @@ def price_of(
     parts: float = 2.0,
 ) -> float:
     profile: Profile = PROFILES[price, task]
-    return profile.price(sites, share, templates, parts)
+    return profile.price(sites, Mixture(share, templates, parts))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -278,5 +284,5 @@ def test_prices_from_sizes_see_no_difference_between_weights(price: str) -> None
     assert (off_diagonal == 1).all()
     by_numel: dict[int, set[float]] = {}
     for k, site in enumerate(INVENTORIES["characters"].sites):
-        by_numel.setdefault(site.numel, set()).add(profile.price([k], 0.3, 4, 1))
+        by_numel.setdefault(site.numel, set()).add(profile.price([k], Mixture(0.3, 4, 1)))
     assert all(len(prices) == 1 for prices in by_numel.values())
