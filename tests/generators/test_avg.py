@@ -8,6 +8,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 
+from generating import (
+    check_gradients,
+    check_gradients_everywhere,
+    check_half_precision,
+    check_one_graph,
+)
 from npas_fx.generators import Moments
 from npas_fx.generators.avg import Average, cycle_subsets, draw_averaged, num_averaged
 from npas_fx.generators.birth import MEAN_TOLERANCE
@@ -187,25 +193,13 @@ def test_each_element_of_each_parameter_counts(bank):
     shapes, size = bank
     torch.manual_seed(0)
     tensors = born(shapes, size)
-    moved = trained(tensors, shapes, size)
-    weights = AVG.generate({**tensors, **moved}, shapes, size)
-    sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()
-    for key, parameter in moved.items():
-        assert parameter.grad.ne(0).all(), key
+    check_gradients_everywhere(AVG, {**tensors, **trained(tensors, shapes, size)}, shapes, size)
 
 
 @given(banks())
 def test_gradients_are_those_of_the_formula(bank):
     shapes, size = bank
-    tensors = {key: tensor.double() for key, tensor in born(shapes, size).items()}
-    keys = list(AVG.parameters(shapes, size))
-
-    def generate(*values):
-        given_ = {**tensors, **dict(zip(keys, values, strict=True))}
-        return torch.cat([weight.flatten() for weight in AVG.generate(given_, shapes, size)])
-
-    inputs = [tensors[key].clone().requires_grad_() for key in keys]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
+    check_gradients(AVG, born(shapes, size), shapes, size)
 
 
 @given(banks())
@@ -279,16 +273,8 @@ def test_what_is_refused(size, words):
 def test_it_compiles_and_keeps_half_precision():
     shapes, size = ((6, 7), (5,)), Size(num_templates=3, template_size=8, num_partial=3)
     tensors = born(shapes, size)
-    compiled = torch.compile(
-        lambda given_: AVG.generate(given_, shapes, size), fullgraph=True, backend="aot_eager"
-    )
-    plain = AVG.generate(tensors, shapes, size)
-    for mine, theirs in zip(compiled(tensors), plain, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    half = AVG.generate({key: t.bfloat16() for key, t in tensors.items()}, shapes, size)
-    for mine, theirs in zip(half, plain, strict=True):
-        assert mine.dtype == torch.bfloat16
-        torch.testing.assert_close(mine.float(), theirs, rtol=0.05, atol=0.05)
+    check_one_graph(AVG, tensors, shapes, size)
+    check_half_precision(AVG, tensors, shapes, size)
 
 
 def test_it_is_priced_by_what_a_tile_averages():

@@ -9,6 +9,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from generating import (
+    check_gradients,
+    check_gradients_everywhere,
+    check_half_precision,
+    check_one_graph,
+)
 from npas_fx.generators import Moments
 from npas_fx.generators.basis import Basis
 from npas_fx.generators.birth import MEAN_TOLERANCE
@@ -207,25 +213,12 @@ def test_weights_have_the_rank_of_the_basis_and_share_its_span(bank):
 
 @given(banks())
 def test_gradients_are_those_of_the_formula(bank):
-    tensors, keys = random_tensors(*bank), list(BASIS.parameters(*bank))
-
-    def generate(*values):
-        weights = BASIS.generate({**tensors, **dict(zip(keys, values, strict=True))}, *bank)
-        return torch.cat([weight.flatten() for weight in weights])
-
-    inputs = [tensors[key].clone().requires_grad_() for key in keys]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
+    check_gradients(BASIS, random_tensors(*bank), *bank)
 
 
 @given(banks())
 def test_every_element_gets_a_gradient_at_birth(bank):
-    tensors = born(*bank)
-    trained = {key: tensors[key].requires_grad_() for key in BASIS.parameters(*bank)}
-    torch.manual_seed(0)
-    weights = BASIS.generate(tensors, *bank)
-    sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()
-    for key, tensor in trained.items():
-        assert tensor.grad.ne(0).all(), key
+    check_gradients_everywhere(BASIS, born(*bank), *bank)
 
 
 def test_the_seed_decides():
@@ -245,19 +238,12 @@ EXAMPLES = [
 @pytest.mark.parametrize("bank", EXAMPLES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept(bank, dtype):
-    tensors = random_tensors(*bank, dtype)
-    full = BASIS.generate({k: v.double() for k, v in tensors.items()}, *bank)
-    for weight, exact in zip(BASIS.generate(tensors, *bank), full, strict=True):
-        assert weight.dtype == dtype
-        torch.testing.assert_close(weight.double(), exact, rtol=0.05, atol=0.05)
+    check_half_precision(BASIS, random_tensors(*bank), *bank, dtype=dtype)
 
 
 @pytest.mark.parametrize("bank", EXAMPLES, ids=str)
 def test_it_compiles_to_one_graph(bank):
-    tensors = random_tensors(*bank)
-    compiled = torch.compile(BASIS.generate, backend="aot_eager", fullgraph=True)
-    for one, other in zip(compiled(tensors, *bank), BASIS.generate(tensors, *bank), strict=True):
-        torch.testing.assert_close(one, other)
+    check_one_graph(BASIS, random_tensors(*bank), *bank)
 
 
 @pytest.mark.parametrize("bank", EXAMPLES, ids=str)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from generating import check_gradients, check_half_precision
 from npas_fx.generators import GENERATORS, Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
@@ -139,27 +140,13 @@ def test_the_seed_decides(name, shapes, size):
 @pytest.mark.parametrize(("name", "shapes", "size"), BANKS[::3], ids=str)
 def test_gradients_are_those_of_the_formula(name, shapes, size):
     torch.manual_seed(0)
-    tensors = {k: torch.randn_like(v).double() for k, v in born(name, shapes, size).items()}
-    keys = list(GENERATORS[name].parameters(shapes, size))
-
-    def generate(*values):
-        given = {**tensors, **dict(zip(keys, values, strict=True))}
-        weights = GENERATORS[name].generate(given, shapes, size)
-        # Joined: of several outputs, gradcheck would ask for one gradient at a time.
-        return torch.cat([weight.flatten() for weight in weights])
-
-    inputs = [tensors[key].clone().requires_grad_() for key in keys]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
+    tensors = {key: torch.randn_like(value) for key, value in born(name, shapes, size).items()}
+    check_gradients(GENERATORS[name], tensors, shapes, size)
 
 
 def test_half_precision_is_kept():
     shapes, size = ((4, 4), (2, 4)), Size(num_templates=2, template_size=5, num_partial=7)
-    tensors = {k: v.bfloat16() for k, v in born("wavg", shapes, size).items()}
-    weights = GENERATORS["wavg"].generate(tensors, shapes, size)
-    assert {weight.dtype for weight in weights} == {torch.bfloat16}
-    full = GENERATORS["wavg"].generate({k: v.float() for k, v in tensors.items()}, shapes, size)
-    for a, b in zip(weights, full, strict=True):
-        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+    check_half_precision(GENERATORS["wavg"], born("wavg", shapes, size), shapes, size)
 
 
 def test_moments_of_odd_weights():

@@ -11,6 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from generating import (
+    check_gradients,
+    check_gradients_everywhere,
+    check_half_precision,
+    check_one_graph,
+)
 from npas_fx.generators import Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
@@ -177,25 +183,12 @@ def test_weights_have_full_rank_and_differ_by_that_of_their_residuals(bank):
 
 @given(banks())
 def test_gradients_are_those_of_the_formula(bank):
-    tensors, keys = random_tensors(*bank), list(RECURSIVE.parameters(*bank))
-
-    def generate(*values):
-        weights = RECURSIVE.generate({**tensors, **dict(zip(keys, values, strict=True))}, *bank)
-        return torch.cat([weight.flatten() for weight in weights])
-
-    inputs = [tensors[key].clone().requires_grad_() for key in keys]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
+    check_gradients(RECURSIVE, random_tensors(*bank), *bank)
 
 
 @given(banks())
 def test_every_element_gets_a_gradient_at_birth(bank):
-    tensors = born(*bank)
-    trained = {key: tensors[key].requires_grad_() for key in RECURSIVE.parameters(*bank)}
-    torch.manual_seed(0)
-    weights = RECURSIVE.generate(tensors, *bank)
-    sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()
-    for key, tensor in trained.items():
-        assert tensor.grad.ne(0).all(), key
+    check_gradients_everywhere(RECURSIVE, born(*bank), *bank)
 
 
 EXAMPLE = ((6, 2, 3),) * 3, Size(num_templates=1, template_size=36, rank=2, num_partial=39)
@@ -210,19 +203,11 @@ def test_the_seed_decides():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept(dtype):
-    tensors = random_tensors(*EXAMPLE, dtype)
-    full = RECURSIVE.generate({k: v.double() for k, v in tensors.items()}, *EXAMPLE)
-    for weight, exact in zip(RECURSIVE.generate(tensors, *EXAMPLE), full, strict=True):
-        assert weight.dtype == dtype
-        torch.testing.assert_close(weight.double(), exact, rtol=0.05, atol=0.1)
+    check_half_precision(RECURSIVE, random_tensors(*EXAMPLE), *EXAMPLE, dtype=dtype, atol=0.1)
 
 
 def test_it_compiles_to_one_graph():
-    tensors = random_tensors(*EXAMPLE)
-    compiled = torch.compile(RECURSIVE.generate, backend="aot_eager", fullgraph=True)
-    plain = RECURSIVE.generate(tensors, *EXAMPLE)
-    for one, other in zip(compiled(tensors, *EXAMPLE), plain, strict=True):
-        torch.testing.assert_close(one, other)
+    check_one_graph(RECURSIVE, random_tensors(*EXAMPLE), *EXAMPLE)
 
 
 def test_several_banks_generate_at_once():

@@ -8,6 +8,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 
+from generating import (
+    check_gradients,
+    check_gradients_everywhere,
+    check_half_precision,
+    check_one_graph,
+)
 from npas_fx.generators import Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
 from npas_fx.generators.generator import num_parameters
@@ -208,27 +214,16 @@ def test_constant_weights_are_exact_and_can_be_trained(bank, values):
 
 @given(banks())
 def test_each_element_of_each_parameter_counts(bank):
-    resized, shapes, size = bank
+    generator, shapes, size = bank
     tensors = born(*bank)
-    parameters = moved(resized, tensors, shapes, size)
-    weights = resized.generate({**tensors, **parameters}, shapes, size)
-    sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()
-    for key, parameter in parameters.items():
-        assert parameter.grad.ne(0).all(), key
+    tensors |= moved(generator, tensors, shapes, size)
+    check_gradients_everywhere(generator, tensors, shapes, size)
 
 
 @given(banks())
 def test_gradients_are_those_of_the_formula(bank):
-    resized, shapes, size = bank
-    tensors = {key: tensor.double() for key, tensor in born(*bank).items()}
-    keys = list(resized.parameters(shapes, size))
-
-    def generate(*values):
-        given_ = {**tensors, **dict(zip(keys, values, strict=True))}
-        return torch.cat([weight.flatten() for weight in resized.generate(given_, shapes, size)])
-
-    inputs = [tensors[key].clone().requires_grad_() for key in keys]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
+    generator, shapes, size = bank
+    check_gradients(generator, born(*bank), shapes, size)
 
 
 @given(banks())
@@ -379,16 +374,8 @@ def test_it_compiles_and_keeps_half_precision(name):
     size = Size(num_templates=2, template_size=36, num_partial=3)
     assert resized.refuse(shapes, size) is None
     tensors = born(resized, shapes, size)
-    compiled = torch.compile(
-        lambda given_: resized.generate(given_, shapes, size), fullgraph=True, backend="aot_eager"
-    )
-    plain = resized.generate(tensors, shapes, size)
-    for mine, theirs in zip(compiled(tensors), plain, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    half = resized.generate({key: t.bfloat16() for key, t in tensors.items()}, shapes, size)
-    for mine, theirs in zip(half, plain, strict=True):
-        assert mine.dtype == torch.bfloat16
-        torch.testing.assert_close(mine.float(), theirs, rtol=0.1, atol=0.1)
+    check_one_graph(resized, tensors, shapes, size)
+    check_half_precision(resized, tensors, shapes, size, atol=0.1)
 
 
 def test_its_computation_counts_what_is_stretched():

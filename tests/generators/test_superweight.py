@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from generating import check_gradients
 from npas_fx.banks.bank import Bank
 from npas_fx.generators import Moments
 from npas_fx.generators.birth import MEAN_TOLERANCE
@@ -454,16 +455,7 @@ def test_the_seed_decides(generator):
 
 @pytest.mark.parametrize(("generator", "shapes", "size"), BANKS[1::4], ids=name_bank)
 def test_gradients_are_those_of_the_formula(generator, shapes, size):
-    tensors = {name: value.double() for name, value in noise(generator, shapes, size).items()}
-    names = list(generator.parameters(shapes, size))
-
-    def generate(*values):
-        given = {**tensors, **dict(zip(names, values, strict=True))}
-        return torch.cat([w.flatten() for w in generator.generate(given, shapes, size)])
-
-    inputs = [tensors[name].clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(generate, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(generate, inputs, fast_mode=True)
+    check_gradients(generator, noise(generator, shapes, size), shapes, size, second=True)
 
 
 @EACH_MODE
