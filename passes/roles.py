@@ -190,7 +190,11 @@ class _Structure:
             own = self.before[left] & ~self.before[right], self.before[right] & ~self.before[left]
             if all(own):
                 return self._note_branches(values, own)
-            branches = {value: only for value, only in zip(values, own, strict=True) if only}
+            branches = {
+                value: only
+                for value, other, only in zip(values, reversed(values), own, strict=True)
+                if only and (self.before[other] or self.is_made_from(value, other))
+            }
         elif node.target in _CATS:
             branches = {}
             for value in values:

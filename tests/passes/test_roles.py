@@ -590,3 +590,28 @@ def test_modules_that_stay_calls_are_layers_too():
     assert found["middle"] == "residual_writer"
     assert found["last"] == "head"
     assert found["attention.in_proj_weight"] == found["attention.out_proj"] == "other"
+
+
+class MaskedByInputs(nn.Module):
+    """Adds to the scores of attention what it makes of the inputs; a branch adds to these too."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids, times):
+        x = self.tokens(ids)
+        scores = self.q(x) @ self.k(x).mT + (ids == 0).float()[:, None] * -1e4
+        x = x + self.o(scores.softmax(-1) @ self.v(x))
+        times = times + self.b(self.a(times).relu())
+        return self.head(x * times[..., None])
+
+
+def test_a_mask_made_of_inputs_is_no_stream_but_inputs_are():
+    found = roles(MaskedByInputs(), torch.randint(11, (2, 5)), torch.randn(2, 5))
+    assert {found[name] for name in "qkv"} == {"parallel_projection"}
+    assert found["o"] == found["b"] == "residual_writer"
+    assert found["a"] != "residual_writer"
