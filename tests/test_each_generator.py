@@ -8,7 +8,9 @@ from torch import nn
 
 import npas_fx
 from npas_fx.generators import GENERATORS
+from npas_fx.rules import apply_rules
 from oracle import count_trainable
+from pricers import pricer_of
 
 NAMES = [name for name in GENERATORS if name != "dedicated"]
 
@@ -79,6 +81,33 @@ def test_it_uses_the_budget_and_computes_what_the_model_did(name, budget, model,
         module.eval()
     assert torch.equal(loaded(tokens()), shared(tokens()))
     torch.testing.assert_close(plain(tokens()), shared(tokens()))
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("more", [-300, 0, 20, 100, 400, 4000])
+def test_a_fused_weight_that_opens_a_bank_uses_the_budget(more):
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    budget = count_trainable(Fused()) + more
+    shared = npas_fx.transform(Fused(), budget, example_inputs=x, keep_private="*out_proj*")
+    assert count_trainable(shared) == budget
+
+
+def test_parts_of_one_fused_weight_are_not_tied():
+    inventory = npas_fx.inspect(Fused(), example_inputs=torch.randn(2, 5, 16))
+    pricer = pricer_of(apply_rules(inventory))
+    (joint,) = (k for k, site in enumerate(inventory.sites) if site.num_parts == 3)
+    found = {candidate.generator for candidate in pricer.candidates((joint,), spacing=1.0)}
+    assert found == {"dedicated", "wavg"}
+    both = pricer.options((joint,), 1.0)
+    assert not any(option.mixture.templates == option.mixture.parts == 1 for option in both[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)

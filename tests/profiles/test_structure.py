@@ -80,6 +80,23 @@ def test_what_is_shared_loses_reuse_and_rank(spec, number, share):
     )
 
 
+@given(spec=networks(), number=st.integers(0, 20), rank=st.integers(1, 8))
+def test_a_rank_that_the_generator_limits_costs_as_much_as_it_takes(spec, number, rank):
+    model = spec.build()
+    sites = capture(model).inventory.sites
+    assume(sites)
+    number %= len(sites)
+    profile, assumed = profile_of(model), structure.Assumptions()
+    full = min(max(sites[number].shape[0], 1), math.prod(sites[number].shape[1:]))
+    free = profile.price([number], Mixture(1.0, 2, 1))
+    lost = profile.importance[number] * assumed.rank * (min(rank, full) ** -0.5 - full**-0.5)
+    limited = profile.price([number], Mixture(1.0, 2, 1, rank))
+    assert limited - free == pytest.approx(lost, rel=1e-6, abs=2**-30)
+    # Of both limits, that by the number of parameters and this one, the lower rank counts.
+    few = Mixture(0.01, 2, 1)
+    assert profile.price([number], few._replace(rank=full)) == profile.price([number], few)
+
+
 def test_a_bank_as_large_as_each_of_its_weights_takes_no_rank():
     inventory = capture(GPT(depth=4)).inventory
     up = [k for k, s in enumerate(inventory.sites) if s.name.endswith("c_fc.weight")]

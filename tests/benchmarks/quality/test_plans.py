@@ -292,13 +292,14 @@ def some_plans(task: str) -> list[Plan]:
         npas_fx.plan(model, 0.25),
         npas_fx.plan(model, 1.0),
         plan_groups(model, 0.45, one_bank),
+        npas_fx.plan(model, 0.99, generators=["recursive"]),
     ]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_banks_are_read_as_they_were_described(task: str) -> None:
     number = {name: index for index, name in enumerate(NAMES[task])}
-    partial = 0
+    partial = ranks = 0
     for plan in some_plans(task):
         expected = [
             (tuple(number[name] for name in bank.sites), bank.generator, bank.size)
@@ -308,7 +309,9 @@ def test_banks_are_read_as_they_were_described(task: str) -> None:
         assert list(read_banks(described)) == expected
         assert " " not in described
         partial += sum(bank.size.num_partial > 0 for bank in plan.banks)
+        ranks += sum(bank.size.rank > 0 for bank in plan.banks)
     assert partial  # or partial templates were not described
+    assert ranks  # or ranks were not
 
 
 @pytest.mark.parametrize("task", TASKS)
