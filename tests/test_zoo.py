@@ -35,7 +35,7 @@ NIGHTLY = (
     *("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"),
 )
 MARKS = {
-    **dict.fromkeys(("densenet121", "mobilenetv3_small_100"), pytest.mark.zoo),
+    **dict.fromkeys(("densenet121", "mobilenetv3_small_100", "convnext_atto"), pytest.mark.zoo),
     **dict.fromkeys(NIGHTLY, pytest.mark.slow),
 }
 
