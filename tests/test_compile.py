@@ -124,8 +124,11 @@ def test_every_family_has_a_short_model():
     assert SHORT.keys() == zoo.ZOO.keys()
 
 
-# Others are of their kind: a bottleneck, gates, a stream of several sizes.
-NIGHTLY = ("resnet50", "regnety_002", "hrnet_w18_small", "mobilenetv3_small_100")
+# Others are of their kind: a bottleneck, gates, a stream of several sizes, attention.
+NIGHTLY = (
+    *("resnet50", "regnety_002", "hrnet_w18_small", "mobilenetv3_small_100"),
+    *("xcit_nano_12_p16_224", "densenet121", "efficientnet_b0"),
+)
 
 
 @pytest.mark.parametrize(

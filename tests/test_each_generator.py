@@ -52,7 +52,7 @@ def model():
         return Mixed()
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.8])
+@pytest.mark.parametrize("budget", [0.5, pytest.param(0.8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_uses_the_budget_and_computes_what_the_model_did(name, budget, model, tmp_path):
     try:

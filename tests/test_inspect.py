@@ -16,7 +16,7 @@ import npas_fx
 from models import MODELS
 from oracle import count_trainable, snapshot
 from strategies import networks
-from zoo import ZOO
+from zoo import ZOO, large_at_night
 
 EVERY = {**MODELS, **ZOO}
 
@@ -62,7 +62,7 @@ def test_the_text_accounts_for_every_parameter(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_tiny_patch16_224", "resnet50", pytest.param("densenet121", marks=pytest.mark.zoo)],
+    large_at_night(["vit_tiny_patch16_224", "resnet50", "densenet121"]),
 )
 def test_globs_of_the_text_can_be_used_as_rules(name):
     with torch.device("meta"):

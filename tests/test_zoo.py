@@ -24,20 +24,19 @@ from oracle import (
     seeded,
     shared_sites,
 )
-from zoo import ZOO
+from zoo import LARGE, ZOO
 
 from timm.layers import BatchNormAct2d  # isort: skip
 
 BUDGETS = (0.1, 0.5, 1.0, 2.0)
-# Those that take longest run beside the rest of the zoo, and their like at night.
-NIGHTLY = (
-    *("resnet50", "efficientnet_b0", "hrnet_w18_small", "regnety_002", "mixer_s32_224"),
-    *("xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"),
-)
-MARKS = {
-    **dict.fromkeys(("densenet121", "mobilenetv3_small_100", "convnext_atto"), pytest.mark.zoo),
-    **dict.fromkeys(NIGHTLY, pytest.mark.slow),
-}
+
+
+def marks_of(name: str, budget: float) -> list[pytest.MarkDecorator]:
+    """Most take longer than all tests may; some run beside the rest of the zoo, others at night."""
+    if name == "resnet18" or (name, budget) == ("vit_tiny_patch16_224", 0.5):
+        return []
+    return [pytest.mark.slow if name in LARGE else pytest.mark.zoo]
+
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 EXAMPLE_SIZE, BATCH_SIZE = 2, 3
@@ -71,7 +70,7 @@ class Case:
 @pytest.fixture(
     scope="module",  # pytest runs all tests of a case together, then drops it
     params=[
-        pytest.param((name, budget), marks=MARKS.get(name, ()))
+        pytest.param((name, budget), marks=marks_of(name, budget))
         for name in ZOO
         for budget in BUDGETS
     ],

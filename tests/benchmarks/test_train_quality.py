@@ -248,6 +248,7 @@ def test_tasks_are_those_that_can_be_read() -> None:
             assert {run.task for run in make(task)} == {task}
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     # The worker waits for an hour; its parent says which process it is, then both wait.
     code = (
@@ -289,6 +290,7 @@ def is_running(process: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_workers_train_a_run_and_send_back_what_fails(
     train, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

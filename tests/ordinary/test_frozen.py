@@ -41,7 +41,7 @@ FROZEN = {
     ("name", "budget"),
     [
         *((name, budget) for name in FROZEN if name in MODELS for budget in BUDGETS),
-        ("resnet18", 0.4),  # takes seconds
+        pytest.param("resnet18", 0.4, marks=pytest.mark.slow),
     ],
 )
 def test_frozen_layers_stay_as_they_are(name, budget, tmp_path):

@@ -78,6 +78,7 @@ print(size, plan.parameters, watch.largest, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_memory_is_inspected_and_planned_on_the_meta_device():
     if not Path("/proc/self/status").exists():
         pytest.skip("reads its peak memory where Linux tells it")
@@ -157,6 +158,7 @@ def test_a_batch_of_one(name, budget):
     assert torch.allclose(loss_of(shared(*larger)), loss_of(plain(*larger)), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mobilenetv3_small_100"])
 def test_a_batch_of_one_picture(name):
     inputs = example(name).inputs(1)

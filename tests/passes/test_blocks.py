@@ -10,7 +10,7 @@ from torch.nn import functional
 from models import MODELS
 from npas_fx.ir import Repeats
 from npas_fx.passes.capture import capture
-from zoo import ZOO
+from zoo import ZOO, large_at_night
 
 
 class Block(nn.Module):
@@ -173,7 +173,9 @@ def test_blocks_without_modules_of_their_own():
     assert repeats_of(Flat(depth=1)) == ()
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", large_at_night(["resnet50", "vit_tiny_patch16_224", "convnext_atto"])
+)
 def test_a_flattened_network_has_the_blocks_that_it_had(name):
     with torch.device("meta"):
         model = ZOO[name].make()

@@ -25,7 +25,7 @@ from npas_fx.passes.capture import capture
 from npas_fx.passes.emitted import emission_of
 from npas_fx.passes.fused import find_fused
 from oracle import generated
-from zoo import ZOO
+from zoo import ZOO, large_at_night
 
 WIDTH = 24  # of what is cut
 
@@ -598,13 +598,15 @@ def test_real_models_are_generated_in_parts(name):
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [
-        ("vit_tiny_patch16_224", "qkv.weight"),
-        ("swin_tiny_patch4_window7_224", "qkv.weight"),
-        ("xcit_nano_12_p16_224", "qkv.weight"),
-        ("mixer_s32_224", None),
-        ("resnet18", None),
-    ],
+    large_at_night(
+        [
+            ("vit_tiny_patch16_224", "qkv.weight"),
+            ("swin_tiny_patch4_window7_224", "qkv.weight"),
+            ("xcit_nano_12_p16_224", "qkv.weight"),
+            ("mixer_s32_224", None),
+            ("resnet18", None),
+        ]
+    ),
 )
 def test_networks_of_timm(name, fused):
     with torch.device("meta"):

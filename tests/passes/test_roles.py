@@ -15,7 +15,7 @@ from torch import nn
 from models import MODELS
 from npas_fx.passes.capture import ModeGraph, capture
 from npas_fx.passes.inventory import take_inventory
-from zoo import ZOO
+from zoo import ZOO, large_at_night
 
 
 class MLP(nn.Module):
@@ -208,7 +208,7 @@ ZOO_TRUTH = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO_TRUTH)
+@pytest.mark.parametrize("name", large_at_night(ZOO_TRUTH))
 def test_truth_tables_of_real_networks(name):
     with torch.device("meta"):
         inventory = capture(ZOO[name].make()).inventory
@@ -240,7 +240,7 @@ def test_gpt_of_the_tests_with_tied_embeddings():
     }
 
 
-@pytest.mark.parametrize("name", ["residual_cnn", "gpt", "recursive", *ZOO])
+@pytest.mark.parametrize("name", large_at_night(["residual_cnn", "gpt", "recursive", *ZOO]))
 def test_names_do_not_matter(name):
     example = MODELS.get(name) or ZOO[name]
     with torch.device("meta"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torchvision_ops as _before_timm  # isort: skip  # noqa: F401
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,8 @@ SIZES = {
     "hrnet_w18_small": 64,
     "mixer_s32_224": 64,
 }
+# Those that take longest to capture.
+LARGE = {*SIZES} - {"resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto"}
 FIXED_SIZE = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224")
 
 
@@ -42,3 +47,13 @@ def draw(name: str, batch_size: int) -> tuple[Tensor]:
 
 
 ZOO = {name: Example(partial(make, name), partial(draw, name)) for name in SIZES}
+
+
+def large_at_night(names: Iterable[Any]) -> list[Any]:
+    """Mark large networks as slow, among names or tuples that start with one."""
+    marked = []
+    for given in names:
+        values = given if isinstance(given, tuple) else (given,)
+        marks = [pytest.mark.slow] if values[0] in LARGE else []
+        marked.append(pytest.param(*values, marks=marks))
+    return marked

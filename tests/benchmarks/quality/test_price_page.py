@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -18,15 +19,23 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(correlations, "NUM_RESAMPLES", 100)
 
 
-def make_rows(sign: float):
-    """Plans whose loss is the price that ships, times a sign."""
+@cache
+def draw_plans():
     model = Decoder(5, width=8, depth=2, num_heads=2, context=4)
     inventory = npas_fx.inspect(model)
+    plans = [
+        npas_fx.plan(model, 0.4, profile=lambda each, draw=draw: Drawn(each, draw))
+        for draw in range(6)
+    ]
+    return inventory, [describe_plan(plan, inventory) for plan in plans]
+
+
+def make_rows(sign: float):
+    """Plans whose loss is the price that ships, times a sign."""
+    inventory, plans = draw_plans()
     profile = PRICES["as shipped"](inventory)
     rows = []
-    for draw in range(6):
-        plan = npas_fx.plan(model, 0.4, profile=lambda each, draw=draw: Drawn(each, draw))
-        described = describe_plan(plan, inventory)
+    for draw, described in enumerate(plans):
         loss = sign * price_plan(profile, inventory, described)
         row = make_row("random_plan", 0.4, draw, loss, study="prices", task="characters")
         rows.append(replace(row, result=replace(row.result, plan=described)))
