@@ -21,8 +21,10 @@ EMERGENCY = 600.0
 # Of more sites than this, multipliers come from clustering trees: of 10,000 sites the linear
 # relaxation took GLOP 114 s and HiGHS's interior points more than 150 s, and trees 30 s.
 MOST_RELAXED = 3000
-# Their bounds are looser, and the last tenths of a percent take longer than all before.
-CLOSE_ENOUGH_OF_MANY = 2e-3
+# For each so many sites, a cover will do that is once more as far from the bound, up to four times:
+# the last hundredths of a percent of 2,000 sites can take twice as long as all before.
+SITES_OF_ONE_GAP = 1000
+MOST_GAPS = 4
 # What the relaxation takes more of than this, it takes; up to 1 less this, it takes in part.
 TAKEN = 1e-6
 # Of sites that the relaxation covers in parts, a search is among so many candidates each. With none
@@ -52,7 +54,7 @@ class Limits:
         rounds: Searches, one after the other.
         proof: What may be spent on a proof that a cover is the best, in deterministic time.
         close_enough: After that, a cover will do whose price is this close to the bound, as a
-            share of it.
+            share of it; of more than 1,000 sites, up to four times as far.
     """
 
     rounds: tuple[Round, ...]
@@ -152,8 +154,8 @@ def _search(
         relaxation = approximate(program)
         covers = [*known, *_whole(program, relaxation)]
         relaxation = _relax_few(program, relaxation, clock)
-        if limits.close_enough:
-            limits = replace(limits, close_enough=max(limits.close_enough, CLOSE_ENOUGH_OF_MANY))
+    num_gaps = min(max(program.num_sites / SITES_OF_ONE_GAP, 1), MOST_GAPS)
+    limits = replace(limits, close_enough=limits.close_enough * num_gaps)
     bound, work, is_reproducible = relaxation.bound, 0.0, relaxation.is_reproducible
     is_near = _near_relaxation(program, relaxation)
     is_infeasible = not program.coverage(range(len(program.price))).all()

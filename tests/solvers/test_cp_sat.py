@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, cp_sat, greedy
+from npas_fx.solvers import SOLVERS, PlanningProblem, Selection, cp_sat, greedy, rounds
 from npas_fx.solvers.exact_cover import CoverProgram
 from npas_fx.solvers.integer_prices import to_integers
 from npas_fx.solvers.problem import Incidence, restrict
@@ -224,6 +224,23 @@ def test_a_search_that_stops_close_enough_still_bounds(close_enough: float) -> N
     assert close.bound <= best.objective <= close.objective
     assert close.gap <= close_enough
     assert (close.work["cp_sat"] > 0) == (close_enough == 0.0)  # greedy is close enough otherwise
+
+
+def test_of_many_sites_a_plan_may_be_further_from_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    greedy_gap = cp_sat.select(LADDER, limits=Limits(rounds=())).gap
+    limits = Limits(rounds=(Round(columns=None, limit=8.0),), close_enough=greedy_gap / 2.5)
+
+    def work(sites_of_one_gap: float) -> float:
+        monkeypatch.setattr(rounds, "SITES_OF_ONE_GAP", sites_of_one_gap)
+        return cp_sat.select(LADDER, limits=limits).work["cp_sat"]
+
+    assert work(31) > 0  # 30 sites are not many
+    assert work(15) > 0  # twice as far is not far enough
+    assert work(10) == 0  # three times is
+    limits = replace(limits, close_enough=greedy_gap / 4.5)
+    assert work(1) > 0  # never more than four times
 
 
 @pytest.mark.parametrize("columns", [0, 1, 10, 50, 200, 1000])
