@@ -201,14 +201,18 @@ class Plan:
 
 
 def _cells(bank: BankPlan) -> tuple[str, ...]:
-    size = bank.size
-    partial = f" + {size.num_partial:,}" if size.num_partial else ""
-    partial += f", rank {size.rank:,}" if size.rank else ""
-    templates = (
-        "" if bank.is_dedicated else f"{size.num_templates} x {size.template_size:,}{partial}"
-    )
+    templates = "" if bank.is_dedicated else _describe(bank.size, bank.parameters)
     names = "\n".join(bank.sites)
     return bank.generator, names, templates, f"{bank.parameters:,}", f"{bank.bytes:,}"
+
+
+def _describe(size: Size, parameters: int) -> str:
+    """Say how many templates there are, and what is owned beside them."""
+    are_all_long = size.num_templates * size.template_size <= parameters
+    times = "x" if are_all_long else "of up to"
+    partial = f" + {size.num_partial:,}" if size.num_partial else ""
+    rank = f", rank {size.rank:,}" if size.rank else ""
+    return f"{size.num_templates} {times} {size.template_size:,}{partial}{rank}"
 
 
 _ADAPTER: TypeAdapter[Plan] = TypeAdapter(Plan)

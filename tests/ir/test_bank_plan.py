@@ -108,6 +108,21 @@ def example() -> Plan:
     )
 
 
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [
+        (Size(num_templates=1, template_size=4), "1 x 4 "),
+        (Size(num_templates=2, template_size=3), "2 x 3 "),
+        (Size(num_templates=3, template_size=4), "3 of up to 4 "),  # some are shorter
+        (Size(num_templates=1, template_size=4, num_partial=1), "1 x 4 + 1 "),
+        (Size(num_templates=1, template_size=2, num_partial=1, rank=2), "1 x 2 + 1, rank 2 "),
+    ],
+)
+def test_printed_templates_are_no_more_than_the_parameters(size: Size, printed: str) -> None:
+    plan = example()
+    assert f" {printed}" in str(replace(plan, banks=(replace(plan.banks[0], size=size),)))
+
+
 def edited(**fields: object) -> str:
     return json.dumps({**json.loads(example().to_json()), **fields})
 
