@@ -51,6 +51,8 @@ class Assumptions:
         growth: a weight matters as the power of its size with this exponent.
         reuse: price of using each parameter ``e`` times.
         rank: price of a weight whose rank is 1 where its shape allows any number.
+        flat: added where the generator itself limits the rank, to hardly any of what the shape
+            allows.
         depth: price of a bank for weights at the input and at the output.
         mixed: price of unlike weights in one bank.
         parts: price of weights that are cut into many parts.
@@ -63,6 +65,7 @@ class Assumptions:
     growth: float = 0.5
     reuse: float = 0.01
     rank: float = 0.7
+    flat: float = 0.12
     depth: float = 0.04
     mixed: float = 0.06
     parts: float = 0.04
@@ -90,15 +93,15 @@ class StructureProfile:
     A bank that owns ``share`` of the parameters of its sites, ``P`` in number, costs::
 
         sum_i e_i * (reuse * ln(1 / share)
-                     + rank * (1 / sqrt(r_i) - 1 / sqrt(R_i))
+                     + rank * (1 / sqrt(r_i) - 1 / sqrt(R_i)) + flat * (1 - r_i / R_i)
                      + (1 - share) * (depth * d_i + mixed * u_i + parts * (1 - 1 / q)
                                       + alone / (q * k)**2 * (d_i + u_i)))
 
     with the importance ``e`` of the sites (in all summing to 1); the ranks that the weight can
     have, ``R_i`` by its shape, and ``r_i``, as many times less as ``P`` is smaller than it, or as
-    the generator allows it; how far
-    ``i`` is from the sites of the bank in depth, ``d_i``, and how unlike them, ``u_i``, means
-    weighted by their importance; and ``q`` parts of a weight that are mixed from ``k`` templates.
+    the generator allows it (``flat`` is 0 unless it sets such a limit); how far ``i`` is from the
+    sites of the bank in depth, ``d_i``, and how unlike them, ``u_i``, means weighted by their
+    importance; and ``q`` parts of a weight that are mixed from ``k`` templates.
 
     Attributes:
         importance: ``(S,)``.
@@ -150,10 +153,12 @@ class StructureProfile:
         owned = share * bank.numel
         larger = bisect_left(bank.less_elements, -owned)  # this many sites are
         lost = bank.lost_roots[larger] / math.sqrt(owned) - bank.lost[larger]
+        flat = 0.0
         if rank is not None:
-            full = self.full_rank[np.array(sites)]
-            cut = np.minimum(rank, full) ** -0.5 - full**-0.5
-            lost = max(lost, float(self.importance[np.array(sites)] @ cut))
+            importance, full = self.importance[np.array(sites)], self.full_rank[np.array(sites)]
+            allowed = np.minimum(rank, full)
+            lost = max(lost, float(importance @ (allowed**-0.5 - full**-0.5)))
+            flat = float(importance @ (1 - allowed / full))
         alone = assumed.alone / (templates * parts) ** 2
         apart = (
             (assumed.depth + alone) * bank.far
@@ -161,7 +166,7 @@ class StructureProfile:
             + assumed.parts * (1 - 1 / parts) * bank.importance
         )
         reuse = assumed.reuse * -math.log(share) * bank.importance
-        return _round(reuse + assumed.rank * lost + (1 - share) * apart)
+        return _round(reuse + assumed.rank * lost + assumed.flat * flat + (1 - share) * apart)
 
     def _describe(self, sites: tuple[int, ...]) -> _Bank:
         if sites not in self._banks:

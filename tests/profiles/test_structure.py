@@ -89,7 +89,9 @@ def test_a_rank_that_the_generator_limits_costs_as_much_as_it_takes(spec, number
     profile, assumed = profile_of(model), structure.Assumptions()
     full = min(max(sites[number].shape[0], 1), math.prod(sites[number].shape[1:]))
     free = profile.price([number], Mixture(1.0, 2, 1))
-    lost = profile.importance[number] * assumed.rank * (min(rank, full) ** -0.5 - full**-0.5)
+    allowed = min(rank, full)
+    lost = assumed.rank * (allowed**-0.5 - full**-0.5) + assumed.flat * (1 - allowed / full)
+    lost *= profile.importance[number]
     limited = profile.price([number], Mixture(1.0, 2, 1, rank))
     assert limited - free == pytest.approx(lost, rel=1e-6, abs=2**-30)
     # Of both limits, that by the number of parameters and this one, the lower rank counts.

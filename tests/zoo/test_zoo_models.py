@@ -26,6 +26,7 @@ SOME = {
     "transformers/clip": (0, 0),
     "transformers/deberta_v2": (0, 0),
     "transformers/gpt2": (0, 0),
+    "transformers/levit": (0, 0),
     "transformers/llama": (0, 0),
     "transformers/mamba": (0, 0),
     "transformers/mixtral": (0, 0),
