@@ -20,13 +20,13 @@ from npas_fx.solvers.selection import Selection
 LIMITS = Limits(
     rounds=(
         Round(columns=0, limit=2.0),
-        Round(columns=1000, limit=0.25),
+        Round(columns=1000, limit=0.5),
         Round(columns=2000, limit=1.0),
         Round(columns=4000, limit=1.0),
         Round(columns=8000, limit=2.0),
         Round(columns=20_000, limit=4.0),
     ),
-    proof=0.5,
+    proof=0.25,
     close_enough=5e-4,
 )
 
