@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npas_fx.solvers import PlanningProblem, PlanningProblemError, cp_sat, select_frontier
+from npas_fx.solvers import (
+    PlanningProblem,
+    PlanningProblemError,
+    Selection,
+    cp_sat,
+    select_frontier,
+)
+from npas_fx.solvers.frontier import select_each
 from npas_fx.solvers.rounds import Limits, Round
 from planning_problems import every_plan, exact_price, ladder, planning_problems, with_budget
 
@@ -72,3 +79,24 @@ def test_a_budget_of_what_is_not_counted_is_refused() -> None:
         select_frontier(ladder(3, 200), [{"flops": 3}])
     with pytest.raises(PlanningProblemError, match=r"budget\['parameters'\]=-1"):
         select_frontier(ladder(3, 200), [-1])
+
+
+def test_any_solver_gets_the_better_plan_of_less_budget_and_a_bound_below_it() -> None:
+    problem = PlanningProblem(
+        num_sites=2,
+        members=((0,), (1,), (0, 1)),
+        price=(2.0, 2.0, 1.0),
+        cost={"parameters": (5, 5, 4)},
+        budget={"parameters": 14},
+    )
+
+    def careless(given: PlanningProblem) -> Selection:
+        """Say of the dearest plan within the budget that it is the best."""
+        chosen, price = ((2,), 1.0) if given.budget["parameters"] < 10 else ((0, 1), 4.0)
+        return replace(cp_sat.select(given), chosen=chosen, objective=price, bound=price)
+
+    selections = select_each(problem, [10, 4, 11], careless)
+    assert [selection.chosen for selection in selections] == [(2,)] * 3
+    assert [selection.objective for selection in selections] == [1.0] * 3
+    assert [selection.bound for selection in selections] == [1.0] * 3
+    assert [selection.gap for selection in selections] == [0.0] * 3
