@@ -29,33 +29,41 @@ def problem_of(candidates, num_sites, max_banks=None):
     )
 
 
-@settings(max_examples=10)
-@given(spec=networks(), share=st.sampled_from([0.3, 0.6]), most=st.sampled_from([None, 1, 3]))
-def test_no_candidate_of_the_list_is_worth_more_than_the_relaxation_pays(spec, share, most):
-    rules = apply_rules(capture(spec.build()).inventory)
-    sites = rules.inventory.sites
+def check_prices(model, share, most):
+    """Refine; of the final list nothing has a negative reduced cost, and what is taken has none."""
+    rules = apply_rules(capture(model).inventory)
+    num_sites = len(rules.inventory.sites)
     pricer = pricer_of(rules)
-    amount = int(share * sum(site.numel for site in sites))
-    refined = refine(
-        propose(pricer),
-        pricer,
-        lambda given: price_sites(problem_of(given, len(sites), most), [amount]),
-        rounds=3,
-    )
-    (pricing,) = refined.pricings
-    if pricing is None:
-        return
-    priced = refined.candidates
-    if refined.rounds == 3:  # the last round added some after the last pricing
-        (pricing,) = price_sites(problem_of(priced, len(sites), most), [amount])
-    incidence = Incidence.of([candidate.sites for candidate in priced])
-    worth = incidence.total(np.array(pricing.site_value)).astype(np.float64)
-    reduced = _reduced_costs(priced, worth, pricing)
-    tolerance = 1e-6 * max(abs(pricing.price), 1e-3)
-    assert reduced.min() >= -tolerance
-    assert reduced[list(pricing.taken)] == pytest.approx(0.0, abs=tolerance)
-    named = {(c.sites, c.generator, c.size) for c in priced}
-    assert len(named) == len(priced)  # each once
+    amount = int(share * sum(site.numel for site in rules.inventory.sites))
+
+    def price(given):
+        return price_sites(problem_of(given, num_sites, most), [amount])
+
+    refined = refine(propose(pricer), pricer, price, rounds=3)
+    named = {(c.sites, c.generator, c.size) for c in refined.candidates}
+    assert len(named) == len(refined.candidates)  # each once
+    (pricing,) = price(refined.candidates)
+    if pricing is not None:
+        incidence = Incidence.of([candidate.sites for candidate in refined.candidates])
+        worth = incidence.total(np.array(pricing.site_value)).astype(np.float64)
+        reduced = _reduced_costs(refined.candidates, worth, pricing)
+        tolerance = 1e-6 * max(abs(pricing.price), 1e-3)
+        assert reduced.min() >= -tolerance
+        assert reduced[list(pricing.taken)] == pytest.approx(0.0, abs=tolerance)
+    return pricing
+
+
+@settings(max_examples=10)
+@given(spec=networks(), share=st.sampled_from([0.3, 0.6]))
+def test_no_candidate_of_the_list_is_worth_more_than_it_costs(spec, share):
+    check_prices(spec.build(), share, None)
+
+
+def test_nor_where_there_may_be_few_banks():
+    model = nn.Sequential(*(nn.Linear(n, n, bias=False) for n in (8, 8, 8, 6, 6, 6)))
+    pricing = check_prices(model, 0.6, 1)
+    assert pricing is not None
+    assert pricing.shadow_price["max_banks"] > 0
 
 
 def test_banks_are_merged_split_enlarged_and_made_smaller():
@@ -69,6 +77,15 @@ def test_banks_are_merged_split_enlarged_and_made_smaller():
     assert {(0,), (3,)} <= changed  # the first half by depth, and below the other
     assert {(1, 2), (4, 5)} <= changed
     assert () not in changed
+
+
+def test_any_one_of_equals_may_leave_its_bank():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)) for _ in range(5)))
+    inventory = capture(model).inventory
+    number = {site.name: k for k, site in enumerate(inventory.sites)}
+    bank = tuple(number[f"{block}.0.weight"] for block in (1, 2, 3))
+    changed = _changed([bank], pricer_of(apply_rules(inventory)))
+    assert {bank[:2], bank[1:], (bank[0], bank[2])} <= changed
 
 
 def test_weights_that_rules_keep_apart_are_not_merged():
