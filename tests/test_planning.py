@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations, pairwise
 from statistics import median
 
@@ -21,6 +22,8 @@ from npas_fx.passes.capture import capture
 from npas_fx.planning import make_plan
 from npas_fx.rules import apply_rules
 from npas_fx.solvers import SOLVERS, PlanningProblem
+from npas_fx.solvers.floor import cheapest_plan
+from npas_fx.solvers.reduce import reduce
 from oracle import count_trainable
 from pricers import pricer_of
 from strategies import networks
@@ -234,3 +237,21 @@ def test_the_order_of_registration_does_not_matter(order, share):
     assert before.certificate.objective == after.certificate.objective
     assert before.certificate.candidates == after.certificate.candidates
     assert sorted(b.parameters for b in before.banks) == sorted(b.parameters for b in after.banks)
+
+
+def test_the_plan_is_no_worse_than_that_before_the_last_candidates():
+    objectives = []
+
+    def tiring(problem):
+        """Greedy at first, then whatever takes the least."""
+        found = SOLVERS["greedy"](problem)
+        if objectives:
+            chosen = cheapest_plan(reduce(problem), problem)
+            price = sum(problem.price[c] for c in chosen)
+            found = replace(found, chosen=chosen, objective=price)
+        objectives.append(found.objective)
+        return found
+
+    certificate = npas_fx.plan(MODELS["gpt"].make(), 0.3, solver=tiring).certificate
+    first, last = objectives
+    assert certificate.objective == first < last
