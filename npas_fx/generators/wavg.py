@@ -147,11 +147,15 @@ def choose_tile(
     step = ALIGNMENT if is_long else 1
     longest = longest // step * step
     columns = {math.prod(shape[1:]) for shape in shapes}
-    return min(
-        range(longest, max(least, longest - 16 * step, longest // 2), -step),
-        key=lambda tile: max(math.gcd(tile, row) for row in columns),
-        default=None,
-    )
+    in_step = max(math.gcd(step, row) for row in columns)  # all tiles are multiples of the step
+    best, divisor = None, math.inf
+    for tile in range(longest, max(least, longest - 16 * step, longest // 2), -step):
+        shared = max(math.gcd(tile, row) for row in columns)
+        if shared < divisor:
+            best, divisor = tile, shared
+        if shared == in_step:
+            break
+    return best
 
 
 def _tiles(wanted: float, total: int, shapes: Collection[tuple[int, ...]]) -> Iterator[Size]:
