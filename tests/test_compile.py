@@ -128,6 +128,7 @@ def test_every_family_has_a_short_model():
 NIGHTLY = (
     *("resnet50", "regnety_002", "hrnet_w18_small", "mobilenetv3_small_100"),
     *("xcit_nano_12_p16_224", "densenet121", "efficientnet_b0"),
+    *("swin_tiny_patch4_window7_224", "convnext_atto"),
 )
 
 

@@ -35,7 +35,7 @@ def marks_of(name: str, budget: float) -> list[pytest.MarkDecorator]:
     """Most take longer than all tests may; some run beside the rest of the zoo, others at night."""
     if name == "resnet18" or (name, budget) == ("vit_tiny_patch16_224", 0.5):
         return []
-    return [pytest.mark.slow if name in LARGE else pytest.mark.zoo]
+    return [pytest.mark.slow if name in LARGE or budget != 0.5 else pytest.mark.zoo]
 
 
 MODES = pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
