@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 import npas_fx
-from npas_fx.generators import GENERATORS
+from npas_fx.generators import GENERATORS, Generator
 from npas_fx.generators.generator import shapes_of
 from npas_fx.ir import Inventory, Mixture, Plan, Site
 from npas_fx.ir.size import Size
@@ -168,12 +168,16 @@ def read_banks(described: str) -> Iterable[tuple[tuple[int, ...], str, Size]]:
         yield tuple(sites), generator, size
 
 
+def find_generator(name: str) -> Generator:
+    """Find a generator; others than those that are built in mix templates as ``wavg`` does."""
+    return GENERATORS.get(name, GENERATORS["wavg"])
+
+
 def count_generation_flops(plan: Plan, inventory: Inventory) -> int:
     """Count multiplications and additions that make all weights of a plan once."""
     sites = {site.name: site for site in inventory.sites}
     total = 0
     for bank in plan.banks:
-        # Others than those that are built in mix templates as this one does.
-        generator = GENERATORS.get(bank.generator, GENERATORS["wavg"])
+        generator = find_generator(bank.generator)
         total += generator.flops(shapes_of([sites[n] for n in bank.sites], generator), bank.size)
     return total

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from npas_fx.generators.generator import shapes_of
 from npas_fx.ir import Inventory, Mixture, Profile
 from npas_fx.profiles.structure import ROLE_FACTORS, UNLIKE, Assumptions, profile_structure
 from quality.eigenvalues import profile_eigenvalues
-from quality.plans import read_banks
+from quality.plans import find_generator, read_banks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +86,10 @@ PRICES: Mapping[str, Callable[[Inventory], Profile]] = {
 def price_plan(profile: Profile, inventory: Inventory, described: str) -> float:
     """Price of a plan that ``describe_plan`` wrote, its partial templates included."""
     prices = []
-    for sites, generator, size in read_banks(described):
-        if generator != "dedicated":
-            numels = [inventory.sites[k].numel for k in sites]
-            owned = size.num_templates * size.template_size + size.num_partial
-            parts = size.rows(numels) / len(sites)
-            prices.append(
-                profile.price(sites, Mixture(owned / sum(numels), size.num_templates, parts))
-            )
+    for members, name, size in read_banks(described):
+        if name != "dedicated":
+            sites, generator = [inventory.sites[k] for k in members], find_generator(name)
+            mixture = generator.describe(shapes_of(sites, generator), replace(size, num_partial=0))
+            share = mixture.share + size.num_partial / sum(site.numel for site in sites)
+            prices.append(profile.price(members, mixture._replace(share=share)))
     return math.fsum(prices)

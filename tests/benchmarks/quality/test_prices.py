@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -286,3 +287,17 @@ def test_prices_from_sizes_see_no_difference_between_weights(price: str) -> None
     for k, site in enumerate(INVENTORIES["characters"].sites):
         by_numel.setdefault(site.numel, set()).add(profile.price([k], Mixture(0.3, 4, 1)))
     assert all(len(prices) == 1 for prices in by_numel.values())
+
+
+def test_a_described_bank_has_the_price_of_its_generator() -> None:
+    inventory, profile = INVENTORIES["characters"], PROFILES["as shipped", "characters"]
+    members = number_of("characters", "parallel_projection")[:2]
+    shape = inventory.sites[members[0]].shape
+    assert all(inventory.sites[k].shape == shape for k in members)
+    numel, rank = math.prod(shape), 2
+    described = json.dumps([[members, "recursive", 1, numel, 0, rank]])
+    owned = numel + 2 + 2 * rank * sum(shape)  # with two coefficients
+    expected = profile.price(members, Mixture(owned / (2 * numel), 2, 1))
+    assert price_plan(profile, inventory, described) == pytest.approx(expected, rel=1e-12)
+    tied = json.dumps([[members, "tied", 1, numel, 0]])
+    assert price_plan(profile, inventory, tied) > expected
