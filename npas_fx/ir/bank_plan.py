@@ -208,8 +208,8 @@ def _cells(bank: BankPlan) -> tuple[str, ...]:
 
 def _describe(size: Size, parameters: int) -> str:
     """Say how many templates there are, and what is owned beside them."""
-    are_all_long = size.num_templates * size.template_size <= parameters
-    times = "x" if are_all_long else "of up to"
+    at_most = size.num_templates * size.template_size + size.num_partial
+    times = "x" if at_most <= parameters else "of up to"
     partial = f" + {size.num_partial:,}" if size.num_partial else ""
     rank = f", rank {size.rank:,}" if size.rank else ""
     return f"{size.num_templates} {times} {size.template_size:,}{partial}{rank}"

@@ -115,6 +115,7 @@ def example() -> Plan:
         (Size(num_templates=2, template_size=3), "2 x 3 "),
         (Size(num_templates=3, template_size=4), "3 of up to 4 "),  # some are shorter
         (Size(num_templates=1, template_size=4, num_partial=1), "1 x 4 + 1 "),
+        (Size(num_templates=3, template_size=2, num_partial=1), "3 of up to 2 + 1 "),
         (Size(num_templates=1, template_size=2, num_partial=1, rank=2), "1 x 2 + 1, rank 2 "),
     ],
 )
