@@ -61,8 +61,7 @@ def test_the_text_accounts_for_every_parameter(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    large_at_night(["vit_tiny_patch16_224", "resnet50", "densenet121"]),
+    "name", large_at_night(["vit_tiny_patch16_224", "resnet50", "densenet121"])
 )
 def test_globs_of_the_text_can_be_used_as_rules(name):
     with torch.device("meta"):

@@ -21,12 +21,12 @@ _SPACING = 1.3
 class Basis(WeightedAverage):
     """``W_i = offset_i + gain_i * C_i B``, or ``(C_i B)^T``, for matrices that share a dimension.
 
-    That is ``wavg`` with tiles that are rows, or columns: a weight is a matrix with a row for each
-    output, of as many columns in all weights, each row is
-    a mix of the ``r`` rows of ``B``, ``(r, columns)``; of as many rows, each column is one, of
-    ``B``, ``(r, rows)``. So no weight has a rank above ``r``. The coefficients ``C_i`` are all that
-    a weight owns, and of one weight by itself this is a product of two factors. In a size,
-    ``num_templates`` is ``r`` and ``template_size`` the dimension that is shared.
+    That is ``wavg`` with tiles that are rows, or columns. A weight is a matrix with a row for each
+    output; if all have as many columns, each row is a mix of the ``r`` rows of ``B``,
+    ``(r, columns)``; if all have as many rows, each column is one, of ``B``, ``(r, rows)``. So no
+    weight has a rank above ``r``. The coefficients ``C_i`` are all that a weight owns, and of one
+    weight by itself this is a product of two factors. In a size, ``num_templates`` is ``r`` and
+    ``template_size`` the dimension that is shared.
 
     Source: Wang et al., Basis Sharing; there an SVD of trained weights finds basis and
     coefficients. Drawing them, to be trained from scratch, is ours.
