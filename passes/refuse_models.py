@@ -39,6 +39,7 @@ def refuse_models(model: object) -> None:
             raise CaptureError(
                 f"{name} is uninitialised (a lazy module); run the model once on an example first"
             )
+    _refuse_hidden_modules(model)
     _refuse_closures(model)
     _refuse_shared_memory(model)
     hook = own_hooks(model)
@@ -67,6 +68,17 @@ def refuse_changes_by_train(model: nn.Module) -> None:
                 raise CaptureError(
                     f"train({is_training}) changes the values of {name}, which a graph does not "
                     'record; use emit="module", or a model that changes them elsewhere'
+                )
+
+
+def _refuse_hidden_modules(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        kind = type(module)
+        for name, child in module.named_children():
+            if hasattr(kind, name) and getattr(module, name, None) is not child:
+                raise CaptureError(
+                    f"{'.'.join(filter(None, (path, name)))!r} cannot be reached, since its name "
+                    f"gives {kind.__name__}.{name}; give the module another name"
                 )
 
 

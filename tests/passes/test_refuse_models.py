@@ -97,3 +97,39 @@ def test_weights_that_train_merges_need_the_models_own_code():
     expected = model(inputs)
     for is_training in (True, False, True):
         torch.testing.assert_close(shared.train(is_training)(inputs), expected)
+
+
+class Hides(nn.Module):
+    """Its module goes by the name of a method, which ``self.to`` is."""
+
+    def __init__(self):
+        super().__init__()
+        self.to = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self._modules["to"](x)
+
+
+def test_a_module_that_its_parents_class_hides_is_refused():
+    with pytest.raises(npas_fx.CaptureError, match=r"'1\.to' cannot be reached.* gives Hides\.to;"):
+        npas_fx.inspect(nn.Sequential(nn.Linear(3, 3), Hides()), example_inputs=torch.zeros(2, 3))
+
+
+class Shows(nn.Module):
+    """A property gives the module of its name."""
+
+    def __init__(self):
+        super().__init__()
+        self._modules["inner"] = nn.Linear(3, 3)
+
+    @property
+    def inner(self):
+        return self._modules["inner"]
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_module_that_a_property_gives_is_captured():
+    inventory = npas_fx.inspect(Shows(), example_inputs=torch.zeros(2, 3))
+    assert [site.name for site in inventory.sites] == ["inner.weight"]
